@@ -1,0 +1,86 @@
+"""One row of attention straight from packed codes: written so that Inductor streams the words once and never stores a key.
+
+With key = code * scale + zero, `q . key = (q * scale) . code + q . zero`: the scale of a tile goes into the query and the zero
+becomes one number per tile. With value = code * scale + zero, the scale of a token goes into its weight. What is left
+per element is shift, mask, convert, multiply-add.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvfx.kernels.kivi.layout import Planes
+
+# int16 lanes of an int32: Inductor vectorizes 32-bit integers, not 16-bit ones
+LANES = 2
+
+
+def scores_of_codes(
+    q: Tensor, k_codes: Tensor, k_scales: Tensor, k_zeros: Tensor, planes: Planes
+) -> Tensor:
+    """Scores of a scaled row q [B, K, M, D] with the quantized keys: [B, K, M, T] for T = tiles * G; M heads share a KV head."""
+    words = k_codes.view(torch.int32)
+    per_tile = q[:, :, :, None]
+    # stacking makes Inductor store the folded query once, with contiguous lanes
+    folded = (per_tile * k_scales[:, :, None].float()).unflatten(-1, (planes.planes, -1, LANES))
+    folded = torch.stack(folded.unbind(-1), -2)[:, :, :, :, None]
+    offset = (per_tile * k_zeros[:, :, None].float()).sum(-1)[..., None, None]
+    heads = []
+    for head in range(q.shape[2]):
+        parts = []
+        for part in range(planes.parts):
+            products = [
+                codes_at(words, planes, part, plane, lane) * folded[:, :, head, :, :, plane, lane]
+                for plane in range(planes.planes)
+                for lane in range(LANES)
+            ]
+            parts.append(sum(products[1:], products[0]).sum(-1))
+        heads.append(torch.stack(parts, 3))
+    return (torch.stack(heads, 2) + offset).flatten(3)
+
+
+def sum_of_codes(
+    weight: Tensor, v_codes: Tensor, v_scales: Tensor, v_zeros: Tensor, live: Tensor, planes: Planes
+) -> Tensor:
+    """Quantized values summed with weight [B, K, M, T]: [B, K, M, D]; live is [B, K, T] (garbage has no weight)."""
+    words = v_codes.view(torch.int32)
+    groups = v_scales.shape[-1]
+    group_size = planes.width // groups
+    # runs of channels that share a word row, a plane and a group
+    run = math.gcd(planes.words, group_size)
+    runs = planes.words // run
+    seen = live.unflatten(-1, v_scales.shape[2:4])
+    heads = []
+    for row in weight.unbind(2):
+        row = row.unflatten(-1, v_scales.shape[2:4])
+        scaled = [torch.where(seen, row * scale, 0.0) for scale in v_scales.float().unbind(-1)]
+        offset = torch.where(seen[..., None], row[..., None] * v_zeros.float(), 0.0).sum(3).sum(2)
+        pieces = []
+        for plane in range(planes.planes):
+            for start in range(0, planes.words, run):
+                group = (plane * planes.words + start) // group_size
+                by_part = scaled[group].unflatten(-1, (planes.parts, planes.rows)).unbind(3)
+                part_words = words[..., start // LANES : (start + run) // LANES]
+                for lane in range(LANES):
+                    products = [
+                        codes_at(part_words, planes, part, plane, lane) * by_part[part][..., None]
+                        for part in range(planes.parts)
+                    ]
+                    pieces.append(sum(products[1:], products[0]).sum(3).sum(2))
+        # [B, K, run, lane, pair] -> channels
+        out = (
+            torch.stack(pieces, 2)
+            .unflatten(2, (planes.planes * runs, LANES))
+            .transpose(-1, -2)
+            .flatten(2)
+        )
+        heads.append(out + offset.repeat_interleave(group_size, -1))
+    return torch.stack(heads, 2)
+
+
+def codes_at(words: Tensor, planes: Planes, part: int, plane: int, lane: int) -> Tensor:
+    """The codes of one part, plane and lane of int32 words, as fp32."""
+    return ((words >> (16 * lane + planes.shift(part, plane))) & planes.mask).float()

@@ -1,0 +1,56 @@
+"""The cache as explicit operands: symbolic buffers, their allocation, and their bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+BATCH = sympy.Symbol("batch", positive=True, integer=True)
+CAPACITY = sympy.Symbol("capacity", positive=True, integer=True)
+
+BUCKET = 256
+
+Extent = int | sympy.Expr
+
+
+def in_buckets(entries: int) -> int:
+    """The smallest whole number of buckets that holds `entries`: caches grow by buckets, not by tokens."""
+    return -(-max(entries, 1) // BUCKET) * BUCKET
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One stored tensor of a site: its shape in `BATCH` and `CAPACITY`, and its dtype.
+
+    `fill` is its value in an empty cache. A `counter` is zeroed when the entries of the site are rewritten.
+    """
+
+    shape: tuple[Extent, ...]
+    dtype: torch.dtype
+    fill: int = 0
+    counter: bool = False
+
+    def sizes(self, batch: int, capacity: int) -> tuple[int, ...]:
+        """The shape for a batch and a capacity, as integers."""
+        values = {BATCH: batch, CAPACITY: capacity}
+        return tuple(int(sympy.sympify(extent).subs(values)) for extent in self.shape)
+
+    def bytes(self) -> sympy.Expr:
+        """Bytes of the buffer as an expression in `BATCH` and `CAPACITY`."""
+        return sympy.Mul(*map(sympy.sympify, self.shape)) * self.dtype.itemsize
+
+    def allocate(self, batch: int, capacity: int, device: torch.device) -> torch.Tensor:
+        """An empty buffer on `device`."""
+        return torch.full(self.sizes(batch, capacity), self.fill, dtype=self.dtype, device=device)
+
+    def resize(self, old: torch.Tensor, batch: int, capacity: int) -> torch.Tensor:
+        """The same entries in a buffer of another capacity (entries beyond a smaller one are dropped)."""
+        sizes = self.sizes(batch, capacity)
+        if tuple(old.shape) == sizes:
+            return old
+        new = old.new_full(sizes, self.fill)
+        common = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, sizes, strict=True))
+        new[common] = old[common]
+        return new

@@ -1,0 +1,124 @@
+"""A HuggingFace decoder as one stateless graph; the only file of the compiler that knows transformers' insides."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from kvfx.errors import CaptureError
+from kvfx.graph import Graph, Level
+
+RECURRENT = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "ssm", "lightning", "rwkv")
+
+
+class _Stateless(nn.Module):
+    """`f(input_ids [B, S], position_ids [B, S], logits_index [L]) -> logits [B, L, V]` of a decoder."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.selects_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, logits_index: Tensor) -> Tensor:
+        if self.selects_logits:
+            return self.model(
+                input_ids=input_ids, position_ids=position_ids, logits_to_keep=logits_index, use_cache=False
+            ).logits
+        logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        return logits[:, logits_index]
+
+
+def capture(model: nn.Module) -> Graph:
+    """Capture the forward pass of `model` with dynamic batch and length; weights are shared, `model` is unchanged.
+
+    Raises CaptureError for anything that is not a decoder with attention: encoders, encoder-decoders, recurrent
+    layers, models without a language-model head or without `position_ids`, weights on several devices.
+    """
+    check_decoder(model)
+    device = next(model.parameters()).device
+    input_ids = torch.zeros(2, 7, dtype=torch.int64, device=device)
+    position_ids = torch.arange(7, device=device).expand(2, 7).contiguous()
+    logits_index = torch.tensor([2, 5, 6], device=device)
+    batch, length, kept = (torch.export.Dim(name, min=1) for name in ("batch", "length", "kept"))
+    shapes = {
+        "input_ids": {0: batch, 1: length},
+        "position_ids": {0: batch, 1: length},
+        "logits_index": {0: kept},
+    }
+    with _as_sdpa_in_eval(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            exported = torch.export.export(
+                _Stateless(model), (input_ids, position_ids, logits_index), dynamic_shapes=shapes, strict=False
+            )
+        except Exception as error:
+            raise CaptureError(
+                f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}"
+            ) from error
+        module = exported.module()
+    _share_weights(module, model)
+    # a copy has plain inputs and outputs: the pytree calling convention of export stays behind
+    return Graph(module, Level.CAPTURED, windows=_config_windows(model)).copy()
+
+
+def check_decoder(model: nn.Module) -> None:
+    """Raise a CaptureError unless `model` looks like a decoder that transformers can generate with."""
+    kind = type(model).__name__
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or config is None:
+        raise CaptureError(f"{kind} is not a transformers model: load one with AutoModelForCausalLM")
+    if getattr(config, "is_encoder_decoder", False):
+        raise CaptureError(f"{kind} is an encoder-decoder: kvfx compresses decoder-only models")
+    if model.get_output_embeddings() is None:
+        raise CaptureError(f"{kind} has no language-model head: load it with AutoModelForCausalLM")
+    if not model.can_generate():
+        raise CaptureError(f"{kind} is not a decoder (it cannot generate): load it with AutoModelForCausalLM")
+    layers = getattr(config.get_text_config(), "layer_types", None) or ()
+    recurrent = sorted({layer for layer in layers if any(word in layer for word in RECURRENT)})
+    if recurrent or getattr(model, "_is_stateful", False):
+        what = f" ({', '.join(recurrent)})" if recurrent else ""
+        raise CaptureError(f"{kind} has recurrent layers{what}: their state is not a KV cache, kvfx cannot carry it")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise CaptureError(f"{kind} takes no position_ids: positions could not be told apart from rows")
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise CaptureError(f"{kind} has weights on {', '.join(devices)}: put the whole model on one device")
+
+
+@contextlib.contextmanager
+def _as_sdpa_in_eval(model: nn.Module) -> Iterator[None]:
+    """Attention through SDPA and no dropout while the body runs; afterwards the model is as it was."""
+    implementation, training = model.config._attn_implementation, model.training
+    try:
+        with contextlib.suppress(ValueError, ImportError):
+            model.set_attn_implementation("sdpa")
+        model.eval()
+        yield
+    finally:
+        if model.config._attn_implementation != implementation:
+            model.set_attn_implementation(implementation)
+        model.train(training)
+
+
+def _share_weights(module: nn.Module, model: nn.Module) -> None:
+    """Assert that no weight was copied: every tensor of the capture lives in the storage of the model's."""
+    owned = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    copied = [name for name, parameter in module.named_parameters() if parameter.data_ptr() not in owned]
+    assert not copied, f"capture copied weights: {copied}"
+
+
+def _config_windows(model: nn.Module) -> tuple[int, ...]:
+    """Every window or chunk length that the config names: masks are probed beyond all of them."""
+    config = model.config.get_text_config()
+    names = ("sliding_window", "attention_chunk_size", "window_size", "local_attention")
+    return tuple(value for name in names if isinstance(value := getattr(config, name, None), int) and value > 0)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

@@ -1,0 +1,118 @@
+"""`compress`: a decoder in, the same decoder with a compressed cache out. `explain`: the same, without running it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx, nn
+
+from kvfx.capture import capture
+from kvfx.errors import CalibrationError, UnmatchedAttention, UnsupportedShape
+from kvfx.graph import Graph
+from kvfx.ops import BACKENDS
+from kvfx.pass_manager import Trail, run_passes
+from kvfx.passes.pipeline import PROGRAMS, Target, outline_passes, program_passes, raise_passes
+from kvfx.plan import Plan, make_plan
+from kvfx.policies import policy_named
+from kvfx.policy import Policy
+from kvfx.report import Report, make_report
+from kvfx.runtime import Executor
+from kvfx.validate import validate
+
+if TYPE_CHECKING:
+    from kvfx.model import CompressedModel
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The programs of a model under a policy, before anything is compiled."""
+
+    plan: Plan
+    captured: Graph
+    raised: Graph
+    graphs: dict[str, Graph]
+    target: Target
+    trail: Trail
+
+
+def compress(
+    model: nn.Module,
+    policy: Policy | str,
+    *,
+    backend: str = "auto",
+    compile: bool = True,
+    verify: bool = True,
+    calibration: object | None = None,
+    max_length: int | None = None,
+    strict: bool = True,
+) -> CompressedModel:
+    """The model with its KV cache compressed by `policy` (a policy or a preset's name); `model` itself is untouched.
+
+    `backend="auto"` picks the best backend that exists for the device. `compile=False` runs the rewritten graph
+    eagerly. `verify=True` first proves on random tokens that the rewrite under `Full()` computes what the model does.
+    `max_length` bounds the tokens of a conversation. `strict=False` keeps sites dense that the policy cannot serve.
+
+    Raises CaptureError (not a decoder with attention), UnmatchedAttention (a site is not understood),
+    UnsupportedShape (the policy or backend cannot serve a site), PolicyError (unknown or ill-composed policy),
+    VerificationError (the rewrite is wrong: a bug of kvfx).
+    """
+    from kvfx.model import CompressedModel
+
+    start = time.perf_counter()
+    if calibration is not None:
+        raise CalibrationError("no policy of this version reads a calibration: leave it out")
+    lowered = lower(model, policy, backend=backend, compile=compile, strict=strict)
+    if verify:
+        validate(lowered.captured, lowered.raised)
+    programs = {name: _executable(graph, lowered, compile=compile) for name, graph in lowered.graphs.items()}
+    report = make_report(lowered.plan, lowered.graphs, lowered.trail, verified=verify, seconds=time.perf_counter() - start)
+    return CompressedModel(model, lowered.plan, lowered.graphs, Executor(programs), lowered.trail, report, max_length)
+
+
+def explain(model: nn.Module, policy: Policy | str, *, backend: str = "auto", strict: bool = True) -> Report:
+    """What `compress` would do, site by site, without compiling or running anything."""
+    start = time.perf_counter()
+    lowered = lower(model, policy, backend=backend, compile=True, strict=strict)
+    return make_report(lowered.plan, lowered.graphs, lowered.trail, verified=False, seconds=time.perf_counter() - start)
+
+
+def lower(model: nn.Module, policy: Policy | str, *, backend: str, compile: bool, strict: bool) -> Lowered:
+    """Capture and raise `model`, plan `policy`, and lower every program that the plan needs."""
+    policy = policy_named(policy) if isinstance(policy, str) else policy
+    trail = Trail()
+    captured = capture(model)
+    raised = run_passes(captured.copy(), raise_passes(), trail)
+    if raised.missed:
+        reasons = "\n".join(f"  {miss}" for miss in raised.missed.values())
+        raise UnmatchedAttention(f"{len(raised.missed)} attention sites of {type(model).__name__} are not understood:\n{reasons}")
+    plan = make_plan(policy, raised.sites, strict=strict)
+    device = raised.sites[0].device
+    target = Target(_backend(backend, device), inductor_cpu=compile and device.type == "cpu")
+    graphs = {
+        program: run_passes(raised.copy(), program_passes(program, plan, target), trail)
+        for program in PROGRAMS
+        if program != "compact" or plan.compacts
+    }
+    return Lowered(plan, captured, raised, graphs, target, trail)
+
+
+def _backend(backend: str, device: torch.device) -> str:
+    """The backend to lower to: the one asked for, or the best that this version has for the device."""
+    if backend == "auto":
+        return "reference"
+    if backend not in BACKENDS:
+        raise UnsupportedShape(f"backend {backend!r} does not exist on {device}: choose 'auto' or {', '.join(BACKENDS)}")
+    return backend
+
+
+def _executable(graph: Graph, lowered: Lowered, *, compile: bool) -> fx.GraphModule:
+    """The module that runs: layers outlined, and each distinct region compiled once."""
+    if not compile:
+        return graph.module
+    outlined = run_passes(graph.copy(), outline_passes(), lowered.trail)
+    for name, region in list(outlined.module.named_children()):
+        setattr(outlined.module, name, torch.compile(region, dynamic=True, fullgraph=True))
+    return outlined.module

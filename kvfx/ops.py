@@ -1,0 +1,226 @@
+"""The kvfx ops: schemas, shape functions, and where each backend's implementation lives.
+
+The overload of an op is its backend: `kvfx.attend_dense.default` is abstract (shapes only), `.reference` runs the
+eager definition in `kernels/<room>/reference.py`. This module needs torch alone; a room is imported at its first use.
+
+A *traced* op is transparent to the compiler: Inductor sees through it and fuses it with its surroundings.
+An *opaque* op runs as it is written.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference",)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: its schema without name, its definition as `module:function`, and its shape function.
+
+    `shape` computes the outputs from fake operands; None means that the definition itself is traceable (a traced op).
+    """
+
+    name: str
+    schema: str
+    definition: str
+    shape: Callable[..., object] | None = None
+
+    @property
+    def traced(self) -> bool:
+        """Whether compilers see through the op."""
+        return self.shape is None
+
+
+def _nothing(*_: object, **__: object) -> None:
+    return None
+
+
+def _like_query(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+def _like_keep(score: Tensor, live: Tensor, *_: object, **__: object) -> Tensor:
+    return torch.empty_like(live)
+
+
+def _load_dense(k_cache: Tensor, v_cache: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(k_cache), torch.empty_like(v_cache), k_cache.new_empty(k_cache.shape[:3], dtype=torch.bool)
+
+
+def _load_kivi(
+    k_codes: Tensor, k_scales: Tensor, k_zeros: Tensor, v_codes: Tensor, v_scales: Tensor, *rest: Tensor, **_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    k_residual, v_residual = rest[1], rest[2]
+    batch, kv_heads, tiles = k_codes.shape[:3]
+    entries = tiles * v_scales.shape[3] + k_residual.shape[2]
+    return (
+        k_residual.new_empty(batch, kv_heads, entries, k_residual.shape[-1]),
+        v_residual.new_empty(batch, kv_heads, entries, v_residual.shape[-1]),
+        k_residual.new_empty(batch, kv_heads, entries, dtype=torch.bool),
+    )
+
+
+DENSE = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) length"
+RING = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) position, Tensor(d!) length"
+KIVI = (
+    "Tensor(a!) k_codes, Tensor(b!) k_scales, Tensor(c!) k_zeros, Tensor(d!) v_codes, Tensor(e!) v_scales, "
+    "Tensor(f!) v_zeros, Tensor(g!) k_residual, Tensor(h!) v_residual, Tensor(i!) length, "
+    "Tensor(j!) k_quantized, Tensor(k!) v_quantized"
+)
+KIVI_ATTRIBUTES = "int k_bits, int v_bits, int group_size, int residual, str mode"
+
+
+def _read(buffers: str) -> str:
+    """The same buffers as operands that are only read."""
+    for letter in "abcdefghijk":
+        buffers = buffers.replace(f"({letter}!)", "")
+    return buffers
+
+
+def _room(room: str, buffers: str, attributes: str, load: Callable[..., object] | None) -> tuple[Op, ...]:
+    """The five ops that every store room has."""
+    reads, where = _read(buffers), f"kvfx.kernels.{room}.reference"
+    extra = f", *, {attributes}" if attributes else ""
+    scaled = ", *, float scale" + (f", {attributes}" if attributes else "")
+    rows = "Tensor k, Tensor v, Tensor keep" if room != "ring" else "Tensor k, Tensor v, Tensor position_ids"
+    ops = (
+        Op(f"store_{room}", f"({rows}, {buffers}{extra}) -> ()", f"{where}:store", _nothing),
+        Op(f"append_{room}", f"({rows}, {buffers}{extra}) -> ()", f"{where}:append"),
+        Op(f"attend_{room}", f"(Tensor q, Tensor position_ids, {reads}{scaled}) -> Tensor", f"{where}:attend"),
+        Op(
+            f"extend_{room}",
+            f"(Tensor q, Tensor k, Tensor v, Tensor position_ids, {reads}{scaled}) -> Tensor",
+            f"{where}:extend",
+            _like_query,
+        ),
+    )
+    if load is None:
+        return ops
+    return (*ops, Op(f"load_{room}", f"({reads}{extra}) -> (Tensor, Tensor, Tensor)", f"{where}:load", load))
+
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        Op(
+            "attention",
+            "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? position_ids, *, float scale, int kv_repeat, "
+            "int? window=None) -> Tensor",
+            "kvfx.kernels.prompt.reference:attention",
+            _like_query,
+        ),
+        Op(
+            "attend_prompt",
+            "(Tensor q, Tensor k, Tensor v, Tensor position_ids, *, float scale, int? window=None) -> Tensor",
+            "kvfx.kernels.prompt.reference:attend",
+            _like_query,
+        ),
+        Op("live_rows", "(Tensor position_ids, *, int kv_heads) -> Tensor", "kvfx.kernels.common.rows:live_rows"),
+        Op(
+            "entry_shift",
+            "(Tensor keep, Tensor? position_ids, Tensor? length) -> Tensor",
+            "kvfx.kernels.common.rows:entry_shift",
+        ),
+        Op(
+            "rotate",
+            "(Tensor x, Tensor shift, Tensor frequencies, *, str style) -> Tensor",
+            "kvfx.kernels.rope.reference:rotate",
+        ),
+        Op(
+            "allocate_uniform",
+            "(Tensor tokens, *, int kv_heads, float fraction, int entries, int least) -> Tensor",
+            "kvfx.kernels.select.reference:allocate_uniform",
+        ),
+        Op(
+            "select_recent",
+            "(Tensor live, Tensor count, *, int sinks) -> Tensor",
+            "kvfx.kernels.select.reference:select_recent",
+        ),
+        Op(
+            "select_top",
+            "(Tensor score, Tensor live, Tensor count, *, int sinks, int recent) -> Tensor",
+            "kvfx.kernels.select.reference:select_top",
+            _like_keep,
+        ),
+        Op("linear", "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", "kvfx.kernels.linear.reference:linear"),
+        *_room("dense", DENSE, "", _load_dense),
+        *_room("ring", RING, "int window", None),
+        *_room("kivi", KIVI, KIVI_ATTRIBUTES, _load_kivi),
+        Op("flush_kivi", f"({KIVI}, *, {KIVI_ATTRIBUTES}) -> ()", "kvfx.kernels.kivi.reference:flush", _nothing),
+    )
+}
+
+_LIBRARY = torch.library.Library("kvfx", "DEF")
+
+
+def _lazily(definition: str) -> Callable[..., object]:
+    """Call `module:function`, importing the module at the first call."""
+    module, name = definition.split(":")
+
+    def call(*args: object, **kwargs: object) -> object:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return call
+
+
+def _define(op: Op, implementation: Callable[..., object]) -> None:
+    """Register the abstract overload and the reference overload of `op`."""
+    _LIBRARY.define(f"{op.name}{op.schema}")
+    _LIBRARY.define(f"{op.name}.reference{op.schema}")
+    shape = implementation if op.shape is None else op.shape
+    torch.library.register_fake(f"kvfx::{op.name}", shape, lib=_LIBRARY)
+    if op.traced:
+        _LIBRARY.impl(f"{op.name}.reference", implementation, "CompositeImplicitAutograd")
+        return
+    _LIBRARY.impl(f"{op.name}.reference", implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kvfx::{op.name}.reference", shape, lib=_LIBRARY)
+
+
+def _register() -> None:
+    """Define every op of the table (torch has to know schemas before anything is traced)."""
+    for op in OPS.values():
+        _define(op, _lazily(op.definition))
+
+
+_register()
+
+
+def score_op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make `function(q, k, v, live) -> score` the op `kvfx.<function name>`, for select policies that rank tokens.
+
+    q [B, H, S, D] are the prompt's queries (None when a cache is compacted), k [B, K, T, D], v [B, K, T, Dv],
+    live [B, K, T] bool. The score [B, K, T] is fp32; the largest are kept. Scores of rows that are not live are ignored.
+    """
+
+    def shape(q: Tensor | None, k: Tensor, v: Tensor, live: Tensor) -> Tensor:
+        return k.new_empty(k.shape[:3], dtype=torch.float32)
+
+    name = function.__name__
+    op = Op(name, "(Tensor? q, Tensor k, Tensor v, Tensor live) -> Tensor", f"{function.__module__}:{name}", shape)
+    if name not in OPS:
+        OPS[name] = op
+        _define(op, function)
+    return function
+
+
+def overload(name: str, backend: str = "default") -> torch._ops.OpOverload:
+    """The op `kvfx.<name>` for a backend; `"default"` is the abstract one."""
+    return getattr(getattr(torch.ops.kvfx, name), backend)
+
+
+def name_of(target: object) -> str | None:
+    """The name of a kvfx op without its overload, or None for anything else."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "kvfx":
+        return None
+    return target.name().removeprefix("kvfx::").split(".")[0]
+
+
+def backend_of(target: torch._ops.OpOverload) -> str:
+    """The backend that an op names: its overload."""
+    return target._overloadname

@@ -1,0 +1,37 @@
+"""The published methods, one file each, and the presets that command lines name."""
+
+from __future__ import annotations
+
+import difflib
+
+from kvfx.errors import PolicyError
+from kvfx.policies.full import Full
+from kvfx.policies.kivi import KIVI
+from kvfx.policies.per_layer import PerLayer
+from kvfx.policies.streaming_llm import StreamingLLM
+from kvfx.policies.window_ring import WindowRing
+from kvfx.policy import Policy
+
+METHODS: tuple[type[Policy], ...] = (Full, KIVI, StreamingLLM, PerLayer)
+
+PRESETS: dict[str, Policy] = {
+    "full": Full(),
+    "k8v4": KIVI(k_bits=8, v_bits=4),
+    "kivi-8bit": KIVI(bits=8),
+    "kivi-4bit": KIVI(bits=4),
+    "kivi-2bit": KIVI(bits=2),
+    "streaming-50%": StreamingLLM(budget=0.5),
+    "streaming-25%": StreamingLLM(budget=0.25),
+    "streaming-25%|k8v4": StreamingLLM(budget=0.25) | KIVI(k_bits=8, v_bits=4),
+}
+
+__all__ = ["KIVI", "METHODS", "PRESETS", "Full", "PerLayer", "StreamingLLM", "WindowRing", "policy_named"]
+
+
+def policy_named(name: str) -> Policy:
+    """The preset called `name`; an unknown name raises a PolicyError with the nearest ones."""
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"presets are {', '.join(PRESETS)}"
+    raise PolicyError(f"there is no policy {name!r}: {hint}")

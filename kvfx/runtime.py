@@ -1,0 +1,163 @@
+"""The allocated cache of one conversation, and the host-side counts that schedule it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from kvfx.errors import CapacityExceeded, UnsupportedOperation
+from kvfx.plan import Plan, Schedule, SitePlan
+
+
+class State:
+    """The buffers of every site for one batch of conversations, with counts that never need a device sync.
+
+    `columns` counts the columns of the token matrix read so far, padding included; `positions` [B] the next position
+    of each row; `prompt_tokens` [B] the tokens that budgets refer to: those seen when the last prompt ended.
+    """
+
+    def __init__(self, plan: Plan, batch: int, max_length: int | None) -> None:
+        self.plan = plan
+        self.batch = batch
+        self.max_length = max_length
+        self.columns = 0
+        self.positions = [0] * batch
+        self.prompt_tokens = [0] * batch
+        self.entries: dict[Schedule, list[int]] = {site.schedule: [0] * batch for site in plan.sites}
+        self.capacities = [0] * len(plan.sites)
+        self.buffers: list[dict[str, Tensor]] = [{} for _ in plan.sites]
+        self.next_position = torch.zeros(batch, 1, dtype=torch.int64, device=plan.sites[0].site.device)
+
+    def tensors(self) -> list[Tensor]:
+        """All buffers in the order in which programs take them."""
+        return [tensor for buffers in self.buffers for tensor in buffers.values()]
+
+    def nbytes(self) -> int:
+        """Bytes that the buffers occupy, as allocated."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
+
+    def admit(self, columns: int, tokens: Sequence[int], *, as_prompt: bool) -> None:
+        """Make room for `columns` new rows of which `tokens` [B] are real; a first prompt is compressed before it is stored."""
+        first = self.columns == 0
+        seen = [position + count for position, count in zip(self.positions, tokens, strict=True)]
+        if self.max_length is not None and max(seen) > self.max_length:
+            raise CapacityExceeded(
+                f"{max(seen)} tokens do not fit into max_length={self.max_length}: compress with a larger max_length"
+            )
+        if as_prompt:
+            self.prompt_tokens = seen
+        for schedule, entries in self.entries.items():
+            new = [schedule.kept(count) for count in tokens] if first else tokens
+            self.entries[schedule] = [old + count for old, count in zip(entries, new, strict=True)]
+        self.columns += columns
+        self.positions = seen
+        self._fit(shrink=False)
+
+    def due(self) -> bool:
+        """Whether any row of any site is to be flushed or evicted now."""
+        return any(
+            schedule.due(count, tokens)
+            for schedule, entries in self.entries.items()
+            for count, tokens in zip(entries, self.prompt_tokens, strict=True)
+        )
+
+    def compacted(self) -> None:
+        """Account for a run of the compact program, and give back what a long prompt had needed."""
+        for schedule, entries in self.entries.items():
+            limits = map(schedule.kept, self.prompt_tokens) if schedule.select is not None else entries
+            self.entries[schedule] = [min(count, limit) for count, limit in zip(entries, limits, strict=True)]
+        self._fit(shrink=True)
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` columns; only for plans that keep every entry in order."""
+        if not self.plan.croppable:
+            raise UnsupportedOperation(
+                f"the cache under {self.plan.policy!r} cannot be cropped: entries are evicted, quantized or in a ring "
+                "(assisted decoding needs a croppable cache: use kvfx.Full())"
+            )
+        dropped = self.columns - length
+        self.columns = length
+        self.positions = [position - dropped for position in self.positions]
+        self.prompt_tokens = [min(tokens, seen) for tokens, seen in zip(self.prompt_tokens, self.positions, strict=True)]
+        self.entries = {key: [count - dropped for count in entries] for key, entries in self.entries.items()}
+        self.next_position -= dropped
+        for buffers in self.buffers:
+            buffers["length"] -= dropped
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Let row i of the batch continue what was row `rows[i]`: beam search, repeats, and selections."""
+        order = rows.tolist()
+        self.batch = len(order)
+        self.positions = [self.positions[row] for row in order]
+        self.prompt_tokens = [self.prompt_tokens[row] for row in order]
+        self.entries = {key: [entries[row] for row in order] for key, entries in self.entries.items()}
+        self.next_position = self.next_position.index_select(0, rows)
+        self.buffers = [{name: old.index_select(0, rows) for name, old in site.items()} for site in self.buffers]
+
+    def _fit(self, *, shrink: bool) -> None:
+        """Allocate or grow the buffers of every site; after an eviction, shrink them as well."""
+        for index, plan in enumerate(self.plan.sites):
+            needed = self._needed(plan.schedule)
+            if needed > self.capacities[index] or (shrink and plan.select is not None and needed < self.capacities[index]):
+                self._resize(index, plan, needed)
+
+    def _needed(self, schedule: Schedule) -> int:
+        pairs = zip(self.entries[schedule], self.prompt_tokens, strict=True)
+        return max(schedule.capacity(entries, tokens) for entries, tokens in pairs)
+
+    def _resize(self, index: int, plan: SitePlan, capacity: int) -> None:
+        old, site = self.buffers[index], plan.site
+        self.buffers[index] = {
+            name: buffer.resize(old[name], self.batch, capacity)
+            if old
+            else buffer.allocate(self.batch, capacity, site.device)
+            for name, buffer in plan.store.buffers(site).items()
+        }
+        self.capacities[index] = capacity
+
+
+class Executor:
+    """The compiled programs of a model: runs one step on a `State`."""
+
+    def __init__(self, programs: Mapping[str, fx.GraphModule]) -> None:
+        self.programs = programs
+
+    def prompt(
+        self, state: State, input_ids: Tensor, position_ids: Tensor, logits_index: Tensor, tokens: Sequence[int]
+    ) -> Tensor:
+        """Read S >= 1 rows, `tokens` [B] of them real (position -1: padding), into a cache: logits [B, L, V].
+
+        Programs take two rows or more: a single one gets padding beside it.
+        """
+        program = "prefill" if state.columns == 0 else "extend"
+        state.admit(input_ids.shape[1], tokens, as_prompt=True)
+        if input_ids.shape[1] == 1:
+            input_ids = torch.cat((input_ids, input_ids), 1)
+            position_ids = torch.cat((torch.full_like(position_ids, -1), position_ids), 1)
+            logits_index = logits_index + 1
+        extra = [self._tokens(state)] if program == "prefill" and state.plan.selects else []
+        logits = self.programs[program](input_ids, position_ids, logits_index, *extra, *state.tensors())[0]
+        state.next_position = torch.maximum(state.next_position, position_ids.amax(1, keepdim=True) + 1)
+        self._compact(state)
+        return logits
+
+    def decode(self, state: State, input_ids: Tensor) -> Tensor:
+        """Read one row [B, 1] that is nowhere padding: logits [B, 1, V]."""
+        state.admit(1, [1] * state.batch, as_prompt=False)
+        index = torch.zeros(1, dtype=torch.int64, device=input_ids.device)
+        logits = self.programs["decode"](input_ids, state.next_position, index, *state.tensors())[0]
+        state.next_position = state.next_position + 1
+        self._compact(state)
+        return logits
+
+    def _compact(self, state: State) -> None:
+        if not state.due():
+            return
+        extra = [self._tokens(state)] if state.plan.selects else []
+        self.programs["compact"](*extra, *state.tensors())
+        state.compacted()
+
+    def _tokens(self, state: State) -> Tensor:
+        return torch.tensor(state.prompt_tokens, device=state.next_position.device)

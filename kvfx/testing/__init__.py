@@ -1,0 +1,1 @@
+"""What tests need: tiny models, error budgets, real prompts, poisoned memory."""

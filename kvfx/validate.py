@@ -1,0 +1,102 @@
+"""Translation validation: the rewritten programs compute what the model computes, site by site, or nothing is returned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+
+from kvfx.errors import VerificationError
+from kvfx.graph import Graph
+from kvfx.ops import name_of
+from kvfx.pass_manager import Trail, run_passes
+from kvfx.passes.match_attention import attention_roots
+from kvfx.passes.pipeline import Target, program_passes
+from kvfx.plan import make_plan
+from kvfx.policies.full import Full
+from kvfx.provenance import origin
+from kvfx.runtime import Executor, State
+
+PIECES = (("prefill", 15), ("extend", 8), ("decode", 1))
+ROWS = sum(rows for _, rows in PIECES)
+BATCH = 2
+
+
+def validate(captured: Graph, raised: Graph) -> None:
+    """Raise a VerificationError naming the first differing site unless the programs under `Full()` equal the capture.
+
+    Random tokens go through the capture in one pass, and through prefill, extend and decode in three pieces. What
+    each attention returns, and the logits, may differ by rounding: by the square root of the dtype's epsilon,
+    relative to the largest value.
+    """
+    plan = make_plan(Full(), raised.sites)
+    target = Target("reference", inductor_cpu=False)
+    programs = {
+        name: _Recorder(run_passes(raised.copy(), program_passes(name, plan, target), Trail()).module, None)
+        for name, _ in PIECES
+    }
+    model = _Recorder(captured.module, {node: site for site, node in attention_roots(captured).items()})
+    input_ids, positions = _tokens(captured)
+    every = torch.arange(ROWS, device=input_ids.device)
+    with torch.no_grad():
+        expected = model(input_ids, positions, every)[0]
+        state, executor, start = State(plan, BATCH, None), Executor(programs), 0
+        for name, rows in PIECES:
+            here = slice(start, start + rows)
+            if name == "decode":
+                logits = executor.decode(state, input_ids[:, here])
+            else:
+                tokens = [rows] * BATCH
+                logits = executor.prompt(state, input_ids[:, here], positions[:, here], every[:rows], tokens)
+            for site in plan.sites:
+                found = programs[name].outputs[site.site.name]
+                _compare(found, model.outputs[site.site.name][:, :, here], f"{site.site.name}: the {name} program")
+            _compare(logits, expected[:, here], f"the logits of the {name} program")
+            start += rows
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and remembers what each attention returned, by site."""
+
+    def __init__(self, module: fx.GraphModule, roots: Mapping[fx.Node, str] | None) -> None:
+        super().__init__(module)
+        self.roots = roots if roots is not None else _attends(module)
+        self.outputs: dict[str, Tensor] = {}
+
+    def __call__(self, *args: Tensor) -> tuple[Tensor, ...]:
+        return self.run(*args)
+
+    def run_node(self, n: fx.Node) -> object:
+        result = super().run_node(n)
+        if n in self.roots:
+            self.outputs[self.roots[n]] = result
+        return result
+
+
+def _attends(module: fx.GraphModule) -> dict[fx.Node, str]:
+    """The attention ops of a program by site."""
+    found = {}
+    for node in module.graph.nodes:
+        name, mark = name_of(node.target), origin(node)
+        if name is not None and name.startswith(("attend_", "extend_")) and mark is not None:
+            found[node] = mark.site
+    return found
+
+
+def _tokens(captured: Graph) -> tuple[Tensor, Tensor]:
+    """Random tokens [B, S] that the embedding knows, and their positions."""
+    device = captured.input("input_ids").meta["val"].device
+    rows = min(parameter.shape[0] for parameter in captured.module.parameters() if parameter.dim() == 2)
+    ids = torch.randint(0, rows, (BATCH, ROWS), generator=torch.Generator().manual_seed(0))
+    return ids.to(device), torch.arange(ROWS, device=device).expand(BATCH, ROWS).contiguous()
+
+
+def _compare(found: Tensor, expected: Tensor, what: str) -> None:
+    bound = torch.finfo(expected.dtype).eps ** 0.5 * float(expected.abs().max())
+    error = float((found - expected).abs().max())
+    if not error <= bound:
+        raise VerificationError(
+            f"{what} differs from the model by {error:.3g}, rounding explains {bound:.3g}: this rewrite is wrong, "
+            "please report the model (verify=False would run it all the same)"
+        )

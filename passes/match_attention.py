@@ -1,0 +1,134 @@
+"""The pass that raises every attention computation to one op, and the peelers that read its operands."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from kvfx.errors import CaptureError
+from kvfx.graph import Graph, Level, Miss, call, replace, site_path
+from kvfx.pass_manager import Pass, Statistics
+from kvfx.provenance import Stamp
+
+aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+SDPA_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+
+
+@dataclass(frozen=True)
+class AttentionOperands:
+    """What `kvfx.attention` takes: K and V at their own heads, before they are repeated for grouped queries."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    scale: float
+    kv_repeat: int
+
+
+@dataclass(frozen=True)
+class MatchAttention(Pass):
+    """Raise every attention computation to `kvfx.attention`.
+
+    Before:  k4 = reshape(expand(unsqueeze(k, 2)));  o = sdpa(q, k4, v4, mask, scale=s)
+    After:   o  = kvfx.attention(q, k, v, mask, scale=s, kv_repeat=4)
+    """
+
+    name: ClassVar[str] = "match-attention"
+    consumes: ClassVar[Level] = Level.CANONICAL
+    produces: ClassVar[Level] = Level.CANONICAL
+
+    def run(self, graph: Graph, stats: Statistics) -> None:
+        """Match every SDPA root; a root that does not match is recorded in `graph.missed` under its site."""
+        roots = attention_roots(graph)
+        if not roots:
+            raise CaptureError(
+                "no attention was found in the captured graph: kvfx raises scaled_dot_product_attention, and this model "
+                "computes attention another way (or has none)"
+            )
+        for site, root in roots.items():
+            found = match_sdpa(root)
+            if isinstance(found, Miss):
+                stats.miss(Miss(found.reason, site))
+                graph.missed[site] = Miss(found.reason, site)
+                continue
+            with graph.module.graph.inserting_before(root):
+                raised = call(
+                    graph,
+                    torch.ops.kvfx.attention.default,
+                    (found.q, found.k, found.v, found.mask, None),
+                    Stamp(site, "sdpa", self.name),
+                    scale=found.scale,
+                    kv_repeat=found.kv_repeat,
+                )
+            replace(root, raised)
+            stats.hit("sdpa")
+
+
+def attention_roots(graph: Graph) -> dict[str, fx.Node]:
+    """The attention computations of a captured or canonical graph, by the name of their site."""
+    roots: dict[str, fx.Node] = {}
+    seen: Counter[str] = Counter()
+    for root in graph.calls(SDPA):
+        path = site_path(root)
+        seen[path] += 1
+        roots[path if seen[path] == 1 else f"{path}#{seen[path]}"] = root
+    return roots
+
+
+def match_sdpa(root: fx.Node) -> AttentionOperands | Miss:
+    """Read the operands of one SDPA call, or say why they cannot be read."""
+    named = dict(zip(("query", "key", "value", *SDPA_DEFAULTS), root.args, strict=False))
+    args = {**SDPA_DEFAULTS, **named, **root.kwargs}
+    q, k, v, mask = args["query"], args["key"], args["value"], args["attn_mask"]
+    if args["dropout_p"] != 0.0:
+        return Miss(f"dropout is live (p={args['dropout_p']}): put the model into eval mode")
+    if mask is None and not args["is_causal"]:
+        return Miss("attention is bidirectional: it has no mask and is not causal")
+    if mask is not None and args["is_causal"]:
+        return Miss("attention has a mask and is_causal: kvfx expects one of them")
+    k, k_repeat = peel_repeat_kv(k)
+    v, v_repeat = peel_repeat_kv(v)
+    if k_repeat != v_repeat:
+        return Miss(f"K and V are repeated differently ({k_repeat} and {v_repeat} times)")
+    heads, kv_heads = q.meta["val"].shape[1], k.meta["val"].shape[1]
+    if k_repeat == 1 and args["enable_gqa"]:
+        k_repeat = heads // kv_heads
+    if heads != kv_heads * k_repeat:
+        return Miss(f"{heads} query heads do not divide into {kv_heads} KV heads repeated {k_repeat} times")
+    scale = args["scale"]
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.meta["val"].shape[-1])
+    if not isinstance(scale, (int, float)):
+        return Miss("the scale is not a constant")
+    return AttentionOperands(q, k, v, mask, float(scale), k_repeat)
+
+
+def peel_repeat_kv(node: fx.Node) -> tuple[fx.Node, int]:
+    """The tensor whose heads `node` repeats, head by head, and how often (1: it repeats nothing).
+
+    Recognises reshape(expand(unsqueeze(k, 2))) and repeat_interleave(k, n, 1).
+    """
+    if node.target is aten.repeat_interleave.self_int and node.args[2:] == (1,):
+        return node.args[0], node.args[1]
+    if node.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
+        return node, 1
+    expanded = node.args[0]
+    if expanded.target is aten.clone.default:
+        expanded = expanded.args[0]
+    if expanded.target is not aten.expand.default:
+        return node, 1
+    inserted = expanded.args[0]
+    if inserted.target is not aten.unsqueeze.default or inserted.args[1] != 2:
+        return node, 1
+    source = inserted.args[0]
+    shape, repeats = node.meta["val"].shape, expanded.meta["val"].shape[2]
+    if len(shape) != 4 or shape[1] != source.meta["val"].shape[1] * repeats:
+        return node, 1
+    return source, int(repeats)

@@ -1,0 +1,180 @@
+"""The pass that proves which rows a mask lets see which keys, and then drops the mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from kvfx.geometry import Causal, Mask, Window
+from kvfx.graph import Graph, Level, Miss, ancestors, call, extract, replace
+from kvfx.pass_manager import Pass, Statistics
+from kvfx.provenance import Stamp, origin
+
+aten = torch.ops.aten
+SHORTEST = 37
+# masks are evaluated at S x S; a longer window is proven with its constant scaled down
+LONGEST = 6000
+COMPARISONS = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.rsub.Scalar,
+    aten.add.Scalar,
+    aten.sub.Scalar,
+    aten.lt.Scalar,
+    aten.le.Scalar,
+    aten.gt.Scalar,
+    aten.ge.Scalar,
+    aten.lt.Tensor,
+    aten.le.Tensor,
+    aten.gt.Tensor,
+    aten.ge.Tensor,
+}
+SIZES = {aten.sym_size.int}
+
+
+@dataclass(frozen=True)
+class MatchMasks(Pass):
+    """Replace each proven mask by the fact it stands for: visibility is decided from positions.
+
+    Before:  o = kvfx.attention(q, k, v, mask, None)
+    After:   o = kvfx.attention(q, k, v, None, position_ids, window=W)
+    """
+
+    name: ClassVar[str] = "match-masks"
+    consumes: ClassVar[Level] = Level.CANONICAL
+    produces: ClassVar[Level] = Level.CANONICAL
+
+    def run(self, graph: Graph, stats: Statistics) -> None:
+        """Prove each distinct mask once; sites with an unproven mask keep it and are recorded as missed."""
+        proven: dict[fx.Node | None, Mask | Miss] = {None: Causal()}
+        for node in graph.calls(torch.ops.kvfx.attention.default):
+            q, k, v, mask, _ = node.args
+            mark = origin(node)
+            assert mark is not None
+            if mask not in proven:
+                proven[mask] = prove_mask(graph, mask)
+            fact = proven[mask]
+            if isinstance(fact, Miss):
+                stats.miss(Miss(fact.reason, mark.site))
+                graph.missed[mark.site] = Miss(fact.reason, mark.site)
+                continue
+            with graph.module.graph.inserting_before(node):
+                raised = call(
+                    graph,
+                    node.target,
+                    (q, k, v, None, graph.input("position_ids")),
+                    Stamp(mark.site, f"{mark.rule}, {fact}", self.name),
+                    **{**node.kwargs, "window": fact.size if isinstance(fact, Window) else None},
+                )
+            replace(node, raised)
+            stats.hit(str(fact))
+
+
+def prove_mask(graph: Graph, mask: fx.Node) -> Mask | Miss:
+    """Evaluate the mask's own sub-graph at two lengths beyond every constant in it, and name the family it belongs to."""
+    input_ids, position_ids = graph.input("input_ids"), graph.input("position_ids")
+    nodes = ancestors([mask])
+    if any(user in nodes and user.target not in SIZES for user in input_ids.users):
+        return Miss("the mask depends on token values")
+    if graph.input("logits_index") in nodes:
+        return Miss("the mask depends on which logits are asked for")
+    long = sorted({value for value in _constants(nodes) if value > LONGEST})
+    if long:
+        return _prove_scaled(graph, mask, long)
+    probe = extract(graph.module, [mask], [input_ids, position_ids])
+    return _prove_by_value(graph, probe, mask, max((SHORTEST, *_constants(nodes), *_short_windows(graph))))
+
+
+def _prove_scaled(graph: Graph, mask: fx.Node, long: list[int]) -> Mask | Miss:
+    """Prove a mask whose only long constant is W: with two small values in its place it must be a window of each."""
+    if len(long) > 1:
+        return Miss(f"the mask has several constants beyond {LONGEST}: {', '.join(map(str, long))}")
+    facts = []
+    for small in (29, 43):
+        probe = extract(graph.module, [mask], [graph.input("input_ids"), graph.input("position_ids")])
+        for node in probe.graph.nodes:
+            if node.target in COMPARISONS:
+                node.args = tuple(_scaled(arg, long[0], small) for arg in node.args)
+        probe.recompile()
+        fact = _prove_by_value(graph, probe, mask, max(SHORTEST, small, *_short_windows(graph)))
+        if not fact:
+            return fact
+        facts.append(fact.size - small if isinstance(fact, Window) else None)
+    if facts == [None, None]:
+        return Causal()
+    if facts[0] is None or facts[0] != facts[1]:
+        return Miss(f"the mask does not scale with its constant {long[0]}")
+    return Window(long[0] + facts[0])
+
+
+def _prove_by_value(graph: Graph, probe: fx.GraphModule, mask: fx.Node, beyond: int) -> Mask | Miss:
+    """The one family that the probe agrees with at two lengths past `beyond`."""
+    device = graph.input("input_ids").meta["val"].device
+    facts = [_fit(_seen(_evaluate(probe, rows, device)), rows) for rows in (beyond + 13, beyond + 24)]
+    for fact in facts:
+        if isinstance(fact, Miss):
+            return Miss(f"{fact.reason} (mask {mask.name})")
+    if facts[0] != facts[1]:
+        return Miss(f"the mask is {facts[0]} at {beyond + 13} rows and {facts[1]} at {beyond + 24}")
+    return facts[0]
+
+
+def _evaluate(probe: fx.GraphModule, rows: int, device: torch.device) -> Tensor:
+    """The mask for two unpadded rows of `rows` tokens."""
+    positions = torch.arange(rows, device=device).expand(2, rows).contiguous()
+    with torch.no_grad():
+        return probe(torch.zeros_like(positions), positions)[0]
+
+
+def _seen(mask: Tensor) -> Tensor | Miss:
+    """The mask as booleans [S, S], if it is the same for every row of the batch and every head."""
+    if mask.dtype is not torch.bool:
+        hidden = mask <= torch.finfo(mask.dtype).min / 2
+        if not bool((hidden | (mask == 0)).all()):
+            return Miss("the mask adds a bias that is neither 0 nor minus infinity")
+        mask = ~hidden
+    first = mask[:1, :1]
+    if not bool((mask == first).all()):
+        return Miss("the mask differs between heads or rows of the batch")
+    return first[0, 0]
+
+
+def _fit(seen: Tensor | Miss, rows: int) -> Mask | Miss:
+    """Causal or a causal window, exactly; nothing is assumed."""
+    if isinstance(seen, Miss):
+        return seen
+    if tuple(seen.shape) != (rows, rows):
+        return Miss(f"the mask is {list(seen.shape)} where rows x keys is [{rows}, {rows}]")
+    index = torch.arange(rows, device=seen.device)
+    distance = index[:, None] - index
+    causal = distance >= 0
+    if torch.equal(seen, causal):
+        return Causal()
+    size = int(seen[-1].sum())
+    if size and torch.equal(seen, causal & (distance < size)):
+        return Window(size)
+    return Miss("the mask is neither causal nor a causal window")
+
+
+def _constants(nodes: set[fx.Node]) -> set[int]:
+    """Every integer that the mask compares or shifts indices with."""
+    return {
+        abs(arg)
+        for node in nodes
+        if node.target in COMPARISONS
+        for arg in node.args
+        if isinstance(arg, int) and not isinstance(arg, bool)
+    }
+
+
+def _short_windows(graph: Graph) -> tuple[int, ...]:
+    return tuple(window for window in graph.windows if window <= LONGEST)
+
+
+def _scaled(arg: object, value: int, small: int) -> object:
+    if isinstance(arg, int) and abs(arg) == value:
+        return small if arg > 0 else -small
+    return arg

@@ -1,0 +1,60 @@
+"""The compiler's table of contents: which passes run, in which order, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvfx.pass_manager import Pass
+from kvfx.passes.canonicalize import Canonicalize
+from kvfx.passes.insert_cache import InsertCache
+from kvfx.passes.match_attention import MatchAttention
+from kvfx.passes.match_masks import MatchMasks
+from kvfx.passes.match_rope import MatchRope
+from kvfx.passes.outline_layers import OutlineLayers
+from kvfx.passes.select_backend import SelectBackend
+from kvfx.passes.specialize_rows import SpecializeRows
+from kvfx.passes.stream_weights import StreamWeights
+from kvfx.plan import Plan
+
+PROGRAMS = ("prefill", "extend", "decode", "compact")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What programs are compiled for: the backend of the ops, and whether Inductor compiles for a CPU."""
+
+    backend: str
+    inductor_cpu: bool
+
+
+def raise_passes() -> tuple[Pass, ...]:
+    """CAPTURED to RAISED: once per model."""
+    return (
+        # export leaves assertions, wrappers and no-ops behind: they hide patterns and keep dead code alive
+        Canonicalize(),
+        # one op per attention, with K and V before they are repeated for grouped queries
+        MatchAttention(),
+        # masks become facts about positions, so that no mask has to be built for a cache
+        MatchMasks(),
+        # the rotary embedding of each site, for formats that move keys to other positions
+        MatchRope(),
+    )
+
+
+def program_passes(program: str, plan: Plan, target: Target) -> tuple[Pass, ...]:
+    """RAISED to LOWERED: once per program."""
+    return (
+        # decode reads one row: a constant, so that shapes say so and one-row kernels can be chosen
+        *((SpecializeRows(rows=1),) if program == "decode" else ()),
+        # the cache enters the graph here, and only here
+        InsertCache(plan, program),
+        # one row through a linear layer is bound by memory: let Inductor fuse it instead of calling a GEMM
+        *((StreamWeights(),) if program == "decode" and target.inductor_cpu else ()),
+        # from here on each op says who runs it
+        SelectBackend(target.backend),
+    )
+
+
+def outline_passes() -> tuple[Pass, ...]:
+    """LOWERED to LOWERED: equal layers share one region, which is compiled once and called once per layer."""
+    return (OutlineLayers(),)

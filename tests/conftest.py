@@ -1,0 +1,68 @@
+"""What tests share: where Triton runs, how Hypothesis draws, the real model, poisoned memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# tests need no network, and say so before transformers is imported
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from kvfx import models
+from kvfx.testing.poison import poisoned_empty
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # read when a kernel is decorated, so before anything imports triton
+    os.environ["TRITON_INTERPRET"] = "1"
+
+THREADS = 2
+
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    max_examples=20,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("ci")
+
+
+def pytest_configure() -> None:
+    """Fix the threads: sums in another order are other numbers."""
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else THREADS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Start every test from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Eager `torch.empty` gives NaN (or the largest integer) during the test."""
+    with poisoned_empty():
+        yield
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The demo's model and tokenizer, in fp32; mark the test `slow`, leave the model as it is."""
+    model, tokenizer = models.load("smollm2", torch.float32)
+    return model.requires_grad_(False), tokenizer
