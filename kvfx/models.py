@@ -211,15 +211,11 @@ def _keep(
 
 @contextmanager
 def _progress(what: str) -> Iterator[None]:
-    """Show what takes time on a terminal, and nothing anywhere else."""
+    """Show what takes time on a terminal; anywhere else rich keeps silent."""
     from rich.console import Console
 
     # this very stream: sys.stderr is redirected meanwhile
-    console = Console(file=sys.stderr)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(what):
+    with Console(file=sys.stderr).status(what):
         yield
 
 

@@ -23,18 +23,14 @@ BACKENDS = ("reference",)
 class Op:
     """One op: its schema without name, its definition as `module:function`, and its shape function.
 
-    `shape` computes the outputs from fake operands; None means that the definition itself is traceable (a traced op).
+    `shape` computes the outputs from fake operands. Compilers see through a `traced` op.
     """
 
     name: str
     schema: str
     definition: str
-    shape: Callable[..., object] | None = None
-
-    @property
-    def traced(self) -> bool:
-        """Whether compilers see through the op."""
-        return self.shape is None
+    shape: Callable[..., object]
+    traced: bool = False
 
 
 def _nothing(*_: object, **__: object) -> None:
@@ -42,11 +38,43 @@ def _nothing(*_: object, **__: object) -> None:
 
 
 def _like_query(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
+    # laid out [B, S, H, Dv], as SDPA returns it and as the output projection wants it
+    batch, heads, rows, _ = q.shape
+    return q.new_empty(batch, rows, heads, v.shape[-1]).transpose(1, 2)
 
 
 def _like_keep(score: Tensor, live: Tensor, *_: object, **__: object) -> Tensor:
     return torch.empty_like(live)
+
+
+def _like_first(x: Tensor, *_: object, **__: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _live_rows(position_ids: Tensor, kv_heads: int) -> Tensor:
+    batch, rows = position_ids.shape
+    return position_ids.new_empty(batch, kv_heads, rows, dtype=torch.bool)
+
+
+def _entry_shift(keep: Tensor, position_ids: Tensor | None, length: Tensor | None) -> Tensor:
+    return torch.empty_like(keep, dtype=torch.int64)
+
+
+def _allocate(tokens: Tensor, kv_heads: int, **_: object) -> Tensor:
+    return tokens.new_empty(tokens.shape[0], kv_heads)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _attend(values: int) -> Callable[..., Tensor]:
+    """The shape of an attend op whose buffer number `values` holds rows of values."""
+
+    def shape(q: Tensor, position_ids: Tensor, *buffers: Tensor, **_: object) -> Tensor:
+        return q.new_empty(*q.shape[:-1], buffers[values].shape[-1])
+
+    return shape
 
 
 def _load_dense(k_cache: Tensor, v_cache: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,10 +117,17 @@ def _room(room: str, buffers: str, attributes: str, load: Callable[..., object] 
     extra = f", *, {attributes}" if attributes else ""
     scaled = ", *, float scale" + (f", {attributes}" if attributes else "")
     rows = "Tensor k, Tensor v, Tensor keep" if room != "ring" else "Tensor k, Tensor v, Tensor position_ids"
+    attend = _attend(7 if room == "kivi" else 1)
     ops = (
         Op(f"store_{room}", f"({rows}, {buffers}{extra}) -> ()", f"{where}:store", _nothing),
-        Op(f"append_{room}", f"({rows}, {buffers}{extra}) -> ()", f"{where}:append"),
-        Op(f"attend_{room}", f"(Tensor q, Tensor position_ids, {reads}{scaled}) -> Tensor", f"{where}:attend"),
+        Op(f"append_{room}", f"({rows}, {buffers}{extra}) -> ()", f"{where}:append", _nothing, traced=True),
+        Op(
+            f"attend_{room}",
+            f"(Tensor q, Tensor position_ids, {reads}{scaled}) -> Tensor",
+            f"{where}:attend",
+            attend,
+            traced=True,
+        ),
         Op(
             f"extend_{room}",
             f"(Tensor q, Tensor k, Tensor v, Tensor position_ids, {reads}{scaled}) -> Tensor",
@@ -121,26 +156,40 @@ OPS: dict[str, Op] = {
             "kvfx.kernels.prompt.reference:attend",
             _like_query,
         ),
-        Op("live_rows", "(Tensor position_ids, *, int kv_heads) -> Tensor", "kvfx.kernels.common.rows:live_rows"),
+        Op(
+            "live_rows",
+            "(Tensor position_ids, *, int kv_heads) -> Tensor",
+            "kvfx.kernels.common.rows:live_rows",
+            _live_rows,
+            traced=True,
+        ),
         Op(
             "entry_shift",
             "(Tensor keep, Tensor? position_ids, Tensor? length) -> Tensor",
             "kvfx.kernels.common.rows:entry_shift",
+            _entry_shift,
+            traced=True,
         ),
         Op(
             "rotate",
             "(Tensor x, Tensor shift, Tensor frequencies, *, str style) -> Tensor",
             "kvfx.kernels.rope.reference:rotate",
+            _like_first,
+            traced=True,
         ),
         Op(
             "allocate_uniform",
             "(Tensor tokens, *, int kv_heads, float fraction, int entries, int least) -> Tensor",
             "kvfx.kernels.select.reference:allocate_uniform",
+            _allocate,
+            traced=True,
         ),
         Op(
             "select_recent",
             "(Tensor live, Tensor count, *, int sinks) -> Tensor",
             "kvfx.kernels.select.reference:select_recent",
+            _like_first,
+            traced=True,
         ),
         Op(
             "select_top",
@@ -148,7 +197,13 @@ OPS: dict[str, Op] = {
             "kvfx.kernels.select.reference:select_top",
             _like_keep,
         ),
-        Op("linear", "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", "kvfx.kernels.linear.reference:linear"),
+        Op(
+            "linear",
+            "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+            "kvfx.kernels.linear.reference:linear",
+            _linear,
+            traced=True,
+        ),
         *_room("dense", DENSE, "", _load_dense),
         *_room("ring", RING, "int window", None),
         *_room("kivi", KIVI, KIVI_ATTRIBUTES, _load_kivi),
@@ -173,13 +228,12 @@ def _define(op: Op, implementation: Callable[..., object]) -> None:
     """Register the abstract overload and the reference overload of `op`."""
     _LIBRARY.define(f"{op.name}{op.schema}")
     _LIBRARY.define(f"{op.name}.reference{op.schema}")
-    shape = implementation if op.shape is None else op.shape
-    torch.library.register_fake(f"kvfx::{op.name}", shape, lib=_LIBRARY)
+    torch.library.register_fake(f"kvfx::{op.name}", op.shape, lib=_LIBRARY)
     if op.traced:
         _LIBRARY.impl(f"{op.name}.reference", implementation, "CompositeImplicitAutograd")
         return
     _LIBRARY.impl(f"{op.name}.reference", implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kvfx::{op.name}.reference", shape, lib=_LIBRARY)
+    torch.library.register_fake(f"kvfx::{op.name}.reference", op.shape, lib=_LIBRARY)
 
 
 def _register() -> None:

@@ -93,9 +93,9 @@ class Trail:
         return "\n".join(rows)
 
 
-def run_passes(graph: Graph, passes: Iterable[Pass], trail: Trail) -> Graph:
-    """Run `passes` in order on `graph`, checking each door, and append their record to `trail`."""
-    before = graph.text
+def run_passes(graph: Graph, passes: Iterable[Pass], trail: Trail | None) -> Graph:
+    """Run `passes` in order on `graph`, checking each door, and append their record to `trail` if there is one."""
+    before = graph.text if trail is not None else ""
     for step in passes:
         if graph.level is not step.consumes:
             raise KvfxError(f"pass {step.name!r} takes a {step.consumes.value} graph, this one is {graph.level.value}")
@@ -107,6 +107,8 @@ def run_passes(graph: Graph, passes: Iterable[Pass], trail: Trail) -> Graph:
         stats.milliseconds = (time.perf_counter() - start) * 1e3
         stats.nodes_after = len(graph.nodes)
         verify(graph, after=step.name)
+        if trail is None:
+            continue
         after = graph.text
         record = Step(step.name, graph.program, stats, before, after)
         trail.steps.append(record)

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from kvfx.errors import VerificationError
 from kvfx.graph import Graph
 from kvfx.ops import name_of
-from kvfx.pass_manager import Trail, run_passes
+from kvfx.pass_manager import run_passes
 from kvfx.passes.match_attention import attention_roots
 from kvfx.passes.pipeline import Target, program_passes
 from kvfx.plan import make_plan
@@ -33,7 +33,7 @@ def validate(captured: Graph, raised: Graph) -> None:
     plan = make_plan(Full(), raised.sites)
     target = Target("reference", inductor_cpu=False)
     programs = {
-        name: _Recorder(run_passes(raised.copy(), program_passes(name, plan, target), Trail()).module, None)
+        name: _Recorder(run_passes(raised.copy(), program_passes(name, plan, target), None).module, None)
         for name, _ in PIECES
     }
     model = _Recorder(captured.module, {node: site for site, node in attention_roots(captured).items()})

@@ -200,7 +200,7 @@ def _hide_padding(graph: Graph) -> None:
     users = [user for user in position_ids.users if origin(user) is None and user.target is not aten.sym_size.int]
     if not users:
         return
-    with graph.module.graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+    with graph.module.graph.inserting_before(next(node for node in graph.nodes if node.op == "call_function")):
         clamped = call(graph, aten.clamp_min.default, (position_ids, 0), Stamp("", "hide-padding", InsertCache.name))
     for user in users:
         user.replace_input_with(position_ids, clamped)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import sympy
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from kvfx.graph import Graph, Level, infer
+from kvfx.graph import Graph, Level, fake_mode
 from kvfx.pass_manager import Pass, Statistics
 
 aten = torch.ops.aten
@@ -27,17 +31,29 @@ class SpecializeRows(Pass):
     produces: ClassVar[Level] = Level.RAISED
 
     def run(self, graph: Graph, stats: Statistics) -> None:
-        """Narrow the inputs, replace their sizes, and compute every value anew."""
+        """Replace what counts rows by the constant, in the graph and in the shapes of its values."""
+        symbols = (graph.input("input_ids").meta["val"].shape[1], graph.input("logits_index").meta["val"].shape[0])
+        rows = {symbol.node.expr: self.rows for symbol in symbols}
         for name in ("input_ids", "position_ids"):
-            node = graph.input(name)
-            node.meta["val"] = node.meta["val"][:, : self.rows]
-            for user in list(node.users):
+            for user in list(graph.input(name).users):
                 if user.target is aten.sym_size.int and user.args[1] == 1:
                     user.replace_all_uses_with(self.rows)
                     graph.module.graph.erase_node(user)
                     stats.hit("row-count")
-        logits_index = graph.input("logits_index")
-        logits_index.meta["val"] = logits_index.meta["val"][: self.rows]
         for node in graph.nodes:
-            if node.op == "call_function":
-                infer(node)
+            if "val" in node.meta:
+                node.meta["val"] = pytree.tree_map_only(Tensor, lambda value: _narrowed(value, rows), node.meta["val"])
+
+
+def _narrowed(value: Tensor, rows: Mapping[sympy.Expr, int]) -> Tensor:
+    """A fake tensor like `value`, with symbols replaced in its shape."""
+    mode = fake_mode(value)
+    assert mode is not None
+    shape = [size.node.expr.xreplace(rows) if isinstance(size, torch.SymInt) else size for size in value.shape]
+    symbols = {str(size): size for size in value.shape}
+    with mode:
+        return torch.empty(
+            [int(size) if isinstance(size, int) or size.is_Integer else symbols[str(size)] for size in shape],
+            dtype=value.dtype,
+            device=value.device,
+        )

@@ -9,18 +9,18 @@ from collections.abc import Iterator
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import pytest
 import torch
+
+# without a GPU, kernels are interpreted: read when they are decorated, so before triton is imported
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 from kvfx import models
 from kvfx.testing.poison import poisoned_empty
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    # read when a kernel is decorated, so before anything imports triton
-    os.environ["TRITON_INTERPRET"] = "1"
-
 THREADS = 2
 
 settings.register_profile(

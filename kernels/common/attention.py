@@ -48,7 +48,12 @@ def attend_rows(
         own = visible(position_ids[:, rows], position_ids)[:, None].expand(-1, kv_heads, -1, -1)
         seen = torch.cat((past.expand(-1, -1, len(rows), -1), own), -1)
         out.append(masked_attention(q[:, :, rows], keys, values, seen, scale, heads // kv_heads))
-    return torch.cat(out, 2)
+    return rows_outermost(torch.cat(out, 2))
+
+
+def rows_outermost(out: Tensor) -> Tensor:
+    """The same attention output [B, H, S, Dv], laid out in memory as [B, S, H, Dv]."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def visible(q_position: Tensor, k_position: Tensor, window: int | None = None) -> Tensor:

@@ -1,8 +1,8 @@
-"""One row of attention straight from packed codes: written so that Inductor streams the words once and never stores a key.
+"""One row of attention straight from packed codes, written so that Inductor streams the words once.
 
-With key = code * scale + zero, `q . key = (q * scale) . code + q . zero`: the scale of a tile goes into the query and the zero
-becomes one number per tile. With value = code * scale + zero, the scale of a token goes into its weight. What is left
-per element is shift, mask, convert, multiply-add.
+With key = code * scale + zero, `q . key = (q * scale) . code + q . zero`: a tile's scale goes into
+the query, and its zero becomes one number. With value = code * scale + zero, a token's scale goes
+into its weight. What is left per element is shift, mask, convert, multiply-add.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LANES = 2
 def scores_of_codes(
     q: Tensor, k_codes: Tensor, k_scales: Tensor, k_zeros: Tensor, planes: Planes
 ) -> Tensor:
-    """Scores of a scaled row q [B, K, M, D] with the quantized keys: [B, K, M, T] for T = tiles * G; M heads share a KV head."""
+    """Scores of a scaled row q with the quantized keys: [B, K, M, D] -> [B, K, M, tiles * G]."""
     words = k_codes.view(torch.int32)
     per_tile = q[:, :, :, None]
     # stacking makes Inductor store the folded query once, with contiguous lanes
@@ -45,7 +45,10 @@ def scores_of_codes(
 def sum_of_codes(
     weight: Tensor, v_codes: Tensor, v_scales: Tensor, v_zeros: Tensor, live: Tensor, planes: Planes
 ) -> Tensor:
-    """Quantized values summed with weight [B, K, M, T]: [B, K, M, D]; live is [B, K, T] (garbage has no weight)."""
+    """Quantized values summed with weight [B, K, M, T]: [B, K, M, D].
+
+    Where live [B, K, T] is false, scales and zeros are garbage.
+    """
     words = v_codes.view(torch.int32)
     groups = v_scales.shape[-1]
     group_size = planes.width // groups

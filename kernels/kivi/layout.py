@@ -1,8 +1,9 @@
-"""Where everything lies: codes in int16 words ("W-planes"), exact rows in rings. The README draws both."""
+"""Where everything lies: codes in int16 words ("W-planes"), exact rows in rings. See the README."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +12,34 @@ WORD = 16
 NARROWEST = 32
 
 
+class Entries(NamedTuple):
+    """The buffers of a site, in the order in which every op takes them.
+
+    With N tiles of G = group_size tokens and R rows of W words per tile: codes are [B, K, N, R, W],
+    parameters of keys [B, K, N, D], of values [B, K, N, G, Dv / G]. Token t is in slot t % ring of
+    `k_residual` [B, K, k_ring, D] and `v_residual` [B, K, v_ring, Dv]. Counters are [B, K]: live
+    entries, and how many of the oldest have their keys and values as codes.
+    """
+
+    k_codes: Tensor
+    k_scales: Tensor
+    k_zeros: Tensor
+    v_codes: Tensor
+    v_scales: Tensor
+    v_zeros: Tensor
+    k_residual: Tensor
+    v_residual: Tensor
+    length: Tensor
+    k_quantized: Tensor
+    v_quantized: Tensor
+
+
 @dataclass(frozen=True)
 class Planes:
     """How the codes of a tile [tokens, width] fill words [rows, words] of int16.
 
-    Code of token `part * rows + row`, channel `plane * words + word`, sits at bit `shift(part, plane)` of word [row, word].
+    The code of token `part * rows + row`, channel `plane * words + word`, is in word [row, word],
+    from bit `shift(part, plane)` on.
     """
 
     bits: int
@@ -24,9 +48,9 @@ class Planes:
 
     @property
     def planes(self) -> int:
-        """Channels in one word: the most, as a power of two, that leave at least 32 words per row."""
+        """Channels in one word: the largest power of two that leaves 32 words per row."""
         planes = WORD // self.bits
-        while self.width % planes or self.width // planes < min(NARROWEST, self.width):
+        while self.width % planes or self.width // planes < NARROWEST:
             planes //= 2
         return planes
 
@@ -82,7 +106,7 @@ def as_word(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many exact tokens the rings of keys and values hold, and how many leave at once when a ring is full."""
+    """How many exact tokens the rings hold, and how many leave at once when a ring is full."""
 
     k_ring: int
     k_block: int
@@ -99,18 +123,18 @@ def schedule(group_size: int, residual: int, mode: str) -> Schedule:
 
 
 def quantized_of(total: Tensor, ring: int, block: int) -> Tensor:
-    """Tokens that are quantized once `total` are stored and no ring is full: whole blocks, the oldest first."""
+    """Tokens that are codes once `total` are stored and no ring is full: whole blocks."""
     return torch.div(total - (ring - block), block, rounding_mode="floor").clamp(min=0) * block
 
 
 def ring_tokens(length: Tensor, ring: int) -> Tensor:
-    """The newest token that each slot of a ring may hold, int64 [B, K, ring] (negative: none); token t is at t % ring."""
+    """The newest token that each slot of a ring may hold, int64 [B, K, ring] (negative: none)."""
     newest = length.long()[..., None] - 1
     return newest - (newest - torch.arange(ring, device=length.device)) % ring
 
 
 def rows_and_heads(like: Tensor, axes: int) -> tuple[Tensor, Tensor]:
-    """Indices of batch row and KV head of `like` [B, K, ...], to index buffers together with `axes` further axes."""
+    """Indices of batch row and KV head, shaped to index buffers with `axes` further axes."""
     b = torch.arange(like.shape[0], device=like.device).reshape(-1, 1, *[1] * axes)
     h = torch.arange(like.shape[1], device=like.device).reshape(-1, *[1] * axes)
     return b, h

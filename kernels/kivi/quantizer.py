@@ -1,7 +1,7 @@
-"""Asymmetric uniform quantization of groups: integer codes with an fp16 scale and an fp16 zero per group.
+"""Asymmetric uniform quantization of groups: integer codes with an fp16 scale and an fp16 zero.
 
-Scale and zero are rounded to fp16 first and the codes are computed with the rounded ones, so that what is
-stored is the best reading of itself. All arithmetic is fp32.
+Scale and zero are rounded to fp16 first and the codes are computed with the rounded ones, so that
+what is stored is the best reading of itself. All arithmetic is fp32.
 """
 
 from __future__ import annotations
@@ -15,17 +15,26 @@ SMALLEST = 2.0**-24
 
 
 def quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (int32, like x), scale and zero (fp16, `dim` kept as 1) of groups that run along `dim`.
+    """Codes (int32, like x), scale and zero (fp16, `dim` kept as 1) of groups along `dim`."""
+    scale, zero = parameters(x, bits, dim)
+    return encode(x, scale, zero, bits), scale, zero
 
-    Finite groups only; bounds beyond fp16 saturate, and a constant group has code 0 (or its nearest) and loses nothing
-    but the fp16 rounding of its value.
+
+def parameters(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero (fp16, `dim` kept as 1) of groups along `dim`; what is beyond fp16 saturates.
+
+    The scale is never zero, so a constant group is exact up to the fp16 rounding of its value.
     """
     x = x.float()
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    zero = low.clamp(-LARGEST, LARGEST).half()
-    scale = ((high - low) / (2**bits - 1)).clamp(SMALLEST, LARGEST).half()
-    code = (x - zero.float()) / scale.float()
-    return code.clamp(0, 2**bits - 1).round().to(torch.int32), scale, zero
+    scale = ((high - low) / (2**bits - 1)).clamp(SMALLEST, LARGEST)
+    return scale.half(), low.clamp(-LARGEST, LARGEST).half()
+
+
+def encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The nearest codes, int32, under parameters that broadcast to x."""
+    code = (x.float() - zero.float()) / scale.float()
+    return code.clamp(0, 2**bits - 1).round().to(torch.int32)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -34,13 +43,13 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def quantize_keys(k: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-channel codes of tiles k [..., G, D]: int32 [..., G, D], with scale and zero fp16 [..., D]."""
+    """Per-channel codes of tiles k [..., G, D]: codes alike, scale and zero [..., D]."""
     codes, scale, zero = quantize(k, bits, dim=-2)
     return codes, scale.squeeze(-2), zero.squeeze(-2)
 
 
 def quantize_values(v: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-token codes of v [..., D]: int32 [..., D], with scale and zero fp16 [..., D / group_size]."""
+    """Per-token codes of v [..., D]: codes alike, scale and zero [..., D / group_size]."""
     codes, scale, zero = quantize(v.unflatten(-1, (-1, group_size)), bits, dim=-1)
     return codes.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)
 

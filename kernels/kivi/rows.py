@@ -5,38 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvfx.kernels.kivi.layout import rows_and_heads
+from kvfx.kernels.kivi.layout import Entries, Planes, as_word, rows_and_heads
+from kvfx.kernels.kivi.quantizer import encode, parameters
 
 
 def pending(
-    x: Tensor,
-    order: Tensor,
-    recent: Tensor,
-    length: Tensor,
-    quantized: Tensor,
-    total: Tensor,
+    x: Tensor, order: Tensor, recent: Tensor, length: Tensor, quantized: Tensor, total: Tensor,
     group_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Tiles [B, K, n, G, D] from the tile of the first exact token on, old rows and new ones x [B, K, S, D], and their tokens [B, K, n, G]."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Tiles [B, K, n, G, D] from that of the first exact token on, and their tokens [B, K, n, G].
+
+    Tokens below `length` come from the ring, the others from the new rows x [B, K, S, D].
+    """
     start = quantized.long() // group_size * group_size
     tiles = -(-int((total - start).max()) // group_size)
     token = start[..., None] + torch.arange(tiles * group_size, device=x.device)
-    new = (token - length[..., None]).clamp(0, max(x.shape[2] - 1, 0))
     b, h = rows_and_heads(x, 1)
-    old = recent[b, h, token % recent.shape[2]]
+    new = order.gather(-1, (token - length[..., None]).clamp(0, x.shape[2] - 1))
     rows = torch.where(
-        (token < length[..., None])[..., None], old, x[b, h, order.gather(-1, new)].to(recent.dtype)
+        (token < length[..., None])[..., None],
+        recent[b, h, token % recent.shape[2]],
+        x[b, h, new].to(recent.dtype),
     )
     return rows.unflatten(2, (tiles, group_size)), token.unflatten(2, (tiles, group_size))
 
 
 def write_tiles(
-    tile: Tensor, chosen: Tensor, buffers: tuple[Tensor, ...], tiles: tuple[Tensor, ...]
+    token: Tensor, target: Tensor, buffers: tuple[Tensor, ...], tiles: tuple[Tensor, ...]
 ) -> None:
-    """Write the chosen of `tiles` [B, K, n, ...] to their index `tile` [B, K, n] of each buffer."""
-    b, h = (x.expand_as(tile)[chosen] for x in rows_and_heads(tile, 1))
-    for buffer, x in zip(buffers, tiles, strict=True):
-        buffer[b, h, tile[chosen]] = x[chosen]
+    """Write the tiles [B, K, n, ...] of tokens [B, K, n, G] that begin below target [B, K]."""
+    first = token[..., 0]
+    chosen = first < target[..., None]
+    b, h = (index.expand_as(first)[chosen] for index in rows_and_heads(first, 1))
+    tile = first[chosen] // token.shape[-1]
+    for buffer, new in zip(buffers, tiles, strict=True):
+        buffer[b, h, tile] = new[chosen]
 
 
 def write_ring(
@@ -45,14 +48,14 @@ def write_ring(
     """Write those new rows of x [B, K, S, D] that stay exact to their slots."""
     token = length.long()[..., None] + torch.arange(x.shape[2], device=x.device)
     stays = (token >= quantized[..., None]) & (token < total[..., None])
-    b, h = (i.expand_as(token)[stays] for i in rows_and_heads(x, 1))
+    b, h = (index.expand_as(token)[stays] for index in rows_and_heads(x, 1))
     recent[b, h, token[stays] % recent.shape[2]] = x[b, h, order[stays]].to(recent.dtype)
 
 
 def oldest_tiles(
     recent: Tensor, quantized: Tensor, block: int, group_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The oldest block of a ring as tiles [B, K, n, G, D], and the indices of the tiles [B, K, n] it becomes."""
+    """The oldest block of a ring as tiles [B, K, n, G, D], and the indices [B, K, n] they get."""
     token = quantized.long()[..., None] + torch.arange(block, device=recent.device)
     b, h = rows_and_heads(recent, 1)
     tiles = recent[b, h, token % recent.shape[2]].unflatten(2, (-1, group_size))
@@ -62,14 +65,38 @@ def oldest_tiles(
 def replace_tiles(
     full: Tensor, tile: Tensor, buffers: tuple[Tensor, ...], tiles: tuple[Tensor, ...]
 ) -> None:
-    """Write tiles [B, K, n, ...] where `full` [B, K], and what is there already elsewhere: shapes do not depend on data."""
+    """Write tiles [B, K, n, ...] where `full` [B, K]; shapes do not depend on data."""
     b, h = rows_and_heads(tile, 1)
     for buffer, new in zip(buffers, tiles, strict=True):
         at = (b, h, tile.clamp(max=buffer.shape[2] - 1))
-        old = buffer[at]
-        buffer.index_put_(
-            at, torch.where(full.reshape(*full.shape, *[1] * (new.dim() - 2)), new, old)
-        )
+        chosen = full.reshape(*full.shape, *[1] * (new.dim() - 2))
+        buffer.index_put_(at, torch.where(chosen, new, buffer[at]))
+
+
+def replace_value(full: Tensor, has: Entries, v_bits: int, group_size: int, ring: int) -> None:
+    """Quantize the oldest exact value where `full` [B, K]: it joins the words of its tile."""
+    planes = Planes(v_bits, int(has.v_residual.shape[3]), group_size)
+    b, h = rows_and_heads(has.v_residual, 0)
+    token = has.v_quantized.long()
+    groups = has.v_residual[b, h, token % ring].unflatten(-1, (-1, group_size))
+    at = (b, h, (token // group_size).clamp(max=has.v_scales.shape[2] - 1), token % group_size)
+    fresh = parameters(groups, v_bits, dim=-1)
+    for buffer, new in zip((has.v_scales, has.v_zeros), fresh, strict=True):
+        buffer.index_put_(at, torch.where(full[..., None], new.squeeze(-1), buffer[at]))
+    # read back: compilers skip the rounding of what they need not store
+    scale, zero = has.v_scales[at].unsqueeze(-1), has.v_zeros[at].unsqueeze(-1)
+    codes = encode(groups, scale, zero, v_bits).flatten(-2)
+    tile, inside = at[2:]
+    at = (b, h, tile, inside % planes.rows)
+    old = has.v_codes[at]
+    shift = (inside // planes.rows * planes.planes * v_bits).to(torch.int32)[..., None]
+    by_plane = codes.unflatten(-1, (planes.planes, planes.words)).unbind(-2)
+    fields = torch.stack([code << (p * v_bits) for p, code in enumerate(by_plane)]).sum(0)
+    # what lies above the field is garbage of later parts
+    below = old.to(torch.int32) & ((1 << shift) - 1)
+    new = as_word(below | (fields.to(torch.int32) << shift))
+    has.v_codes.index_put_(at, torch.where(full[..., None], new, old))
+    has.v_quantized.add_(full.to(has.v_quantized.dtype))
 
 
 def sorted_entries(
@@ -80,5 +107,5 @@ def sorted_entries(
     b, h = rows_and_heads(recent, 1)
     exact = recent[b, h, token % recent.shape[2]]
     exact = torch.where((token < length[..., None])[..., None], exact, 0.0)
-    known = coded[:, :, token.clamp(max=coded.shape[2] - 1)].to(recent.dtype)
-    return torch.where((token < quantized[..., None])[..., None], known, exact)
+    old = coded[:, :, token.clamp(max=coded.shape[2] - 1)].to(recent.dtype)
+    return torch.where((token < quantized[..., None])[..., None], old, exact)

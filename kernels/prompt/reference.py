@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvfx.kernels.common.attention import BLOCK, masked_attention, visible
+from kvfx.kernels.common.attention import BLOCK, masked_attention, rows_outermost, visible
 
 
 def attend(
@@ -20,7 +20,8 @@ def attend(
     rows, kv_repeat = q.shape[2], q.shape[1] // k.shape[1]
     inside = window is None or rows <= window
     if inside and bool((position_ids >= 0).all()):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=kv_repeat > 1)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=kv_repeat > 1)
+        return rows_outermost(out)
     out = []
     for start in range(0, rows, BLOCK):
         end = min(start + BLOCK, rows)
@@ -28,7 +29,7 @@ def attend(
         seen = visible(position_ids[:, start:end], position_ids[:, first:end], window)[:, None]
         part = masked_attention(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], seen, scale, kv_repeat)
         out.append(part)
-    return torch.cat(out, 2)
+    return rows_outermost(torch.cat(out, 2))
 
 
 def attention(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvfx.kernels.common.attention import BLOCK, attend_step, masked_attention, visible
+from kvfx.kernels.common.attention import BLOCK, attend_step, masked_attention, rows_outermost, visible
 from kvfx.kernels.common.rows import kept_first
 
 
@@ -77,4 +77,4 @@ def extend(
         rows = slice(start, start + BLOCK)
         seen = visible(position_ids[:, rows], key_position, window)[:, None]
         out.append(masked_attention(q[:, :, rows], keys, values, seen, scale, kv_repeat))
-    return torch.cat(out, 2)
+    return rows_outermost(torch.cat(out, 2))

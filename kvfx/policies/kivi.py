@@ -23,11 +23,13 @@ LEAST_GROUP = 32
 class KIVI(Store):
     """Keep keys as codes per channel and values as codes per token (https://arxiv.org/abs/2402.02750).
 
-    `k_bits` and `v_bits` default to `bits`; a group of `group_size` tokens (keys) or channels (values) shares one fp16 scale
-    and zero. Exact: the prompt's attention, and the newest tokens. With `mode="kivi"` those are the published ones: the
-    newest `residual` values, and the keys since the last multiple of `residual`. With `mode="window"` keys and values share
-    one window, flushed in blocks of `group_size`, in which at least the newest `residual` tokens are exact.
-    Not exact: everything older, by at most half a scale per element.
+    `k_bits` and `v_bits` default to `bits`; a group of `group_size` tokens (keys) or channels
+    (values) shares one fp16 scale and zero. Exact: the prompt's attention and the newest tokens.
+    With `mode="kivi"` those are the published ones: the newest `residual` values, and the keys
+    since the last multiple of `residual`. With `mode="window"` keys and values share one window,
+    flushed in blocks of `group_size`, in which at least the newest `residual` tokens are exact.
+    Not exact: everything older, by at most half a scale per element (and the fp16 rounding of its
+    zero).
     """
 
     bits: int = 2
@@ -70,7 +72,7 @@ class KIVI(Store):
         return self.bits if self.v_bits is None else self.v_bits
 
     def buffers(self, site: Site) -> dict[str, Buffer]:
-        """Words, scales and zeros per tile of `group_size` tokens, two rings of exact rows, three counters."""
+        """Words, scales, zeros per tile of `group_size` tokens, rings of exact rows, counters."""
         heads, tiles, group = site.kv_heads, CAPACITY / self.group_size, self.group_size
         k_ring, v_ring = self.residual + group, self.residual + group
         if self.mode == "kivi":
@@ -107,13 +109,13 @@ class KIVI(Store):
         }
 
     def capacity(self, entries: int, *, bounded: bool) -> int:
-        """Entries to allocate as codes; those that are always exact live in the rings, whose size is fixed."""
+        """Entries to allocate as codes; exact ones live in rings, whose size is fixed."""
         coded = entries if self.mode == "kivi" else max(entries - self.residual, 1)
         step = self.group_size if bounded else math.lcm(BUCKET, self.group_size)
         return -(-coded // step) * step
 
     def flush_due(self, length: int) -> bool:
-        """Whether a ring is full at `length` entries: at multiples of `residual`, or one group beyond the window."""
+        """Whether a ring is full at `length` entries."""
         if self.mode == "kivi":
             return length > 0 and length % self.residual == 0
         return length > self.residual and (length - self.residual) % self.group_size == 0
@@ -127,7 +129,7 @@ class KIVI(Store):
 
 
 def words(width: int, tokens: int, bits: int) -> tuple[int, int]:
-    """Rows and int16 words per row of a tile [tokens, width]: as many planes, a power of two, as leave 32 words."""
+    """Rows, and int16 words per row, of a tile [tokens, width] (`Planes` of the kernel room)."""
     planes = 16 // bits
     while width % planes or width // planes < LEAST_GROUP:
         planes //= 2
