@@ -16,7 +16,9 @@ Extent = int | sympy.Expr
 
 
 def in_buckets(entries: int) -> int:
-    """The smallest whole number of buckets that holds `entries`: caches grow by buckets, not by tokens."""
+    """The smallest whole number of buckets that holds `entries`: caches grow by buckets, not by
+    tokens.
+    """
     return -(-max(entries, 1) // BUCKET) * BUCKET
 
 
@@ -24,7 +26,8 @@ def in_buckets(entries: int) -> int:
 class Buffer:
     """One stored tensor of a site: its shape in `BATCH` and `CAPACITY`, and its dtype.
 
-    `fill` is its value in an empty cache. A `counter` is zeroed when the entries of the site are rewritten.
+    `fill` is its value in an empty cache. A `counter` is zeroed when the entries of the site are
+    rewritten.
     """
 
     shape: tuple[Extent, ...]
@@ -46,7 +49,9 @@ class Buffer:
         return torch.full(self.sizes(batch, capacity), self.fill, dtype=self.dtype, device=device)
 
     def resize(self, old: torch.Tensor, batch: int, capacity: int) -> torch.Tensor:
-        """The same entries in a buffer of another capacity (entries beyond a smaller one are dropped)."""
+        """The same entries in a buffer of another capacity (entries beyond a smaller one are
+        dropped).
+        """
         sizes = self.sizes(batch, capacity)
         if tuple(old.shape) == sizes:
             return old

@@ -1,4 +1,6 @@
-"""A HuggingFace decoder as one stateless graph; the only file of the compiler that knows transformers' insides."""
+"""A HuggingFace decoder as one stateless graph; the only file of the compiler that knows
+transformers' insides.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ RECURRENT = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "ssm", 
 
 
 class _Stateless(nn.Module):
-    """`f(input_ids [B, S], position_ids [B, S], logits_index [L]) -> logits [B, L, V]` of a decoder."""
+    """`f(input_ids [B, S], position_ids [B, S], logits_index [L]) -> logits [B, L, V]` of a
+    decoder.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -27,17 +31,22 @@ class _Stateless(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor, logits_index: Tensor) -> Tensor:
         if self.selects_logits:
             return self.model(
-                input_ids=input_ids, position_ids=position_ids, logits_to_keep=logits_index, use_cache=False
+                input_ids=input_ids,
+                position_ids=position_ids,
+                logits_to_keep=logits_index,
+                use_cache=False,
             ).logits
         logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         return logits[:, logits_index]
 
 
 def capture(model: nn.Module) -> Graph:
-    """Capture the forward pass of `model` with dynamic batch and length; weights are shared, `model` is unchanged.
+    """Capture the forward pass of `model` with dynamic batch and length; weights are shared,
+    `model` is unchanged.
 
-    Raises CaptureError for anything that is not a decoder with attention: encoders, encoder-decoders, recurrent
-    layers, models without a language-model head or without `position_ids`, weights on several devices.
+    Raises CaptureError for anything that is not a decoder with attention: encoders,
+    encoder-decoders, recurrent layers, models without a language-model head or without
+    `position_ids`, weights on several devices.
     """
     check_decoder(model)
     device = next(model.parameters()).device
@@ -54,7 +63,10 @@ def capture(model: nn.Module) -> Graph:
         warnings.simplefilter("ignore")
         try:
             exported = torch.export.export(
-                _Stateless(model), (input_ids, position_ids, logits_index), dynamic_shapes=shapes, strict=False
+                _Stateless(model),
+                (input_ids, position_ids, logits_index),
+                dynamic_shapes=shapes,
+                strict=False,
             )
         except Exception as error:
             raise CaptureError(
@@ -71,23 +83,33 @@ def check_decoder(model: nn.Module) -> None:
     kind = type(model).__name__
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or config is None:
-        raise CaptureError(f"{kind} is not a transformers model: load one with AutoModelForCausalLM")
+        raise CaptureError(
+            f"{kind} is not a transformers model: load one with AutoModelForCausalLM"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise CaptureError(f"{kind} is an encoder-decoder: kvfx compresses decoder-only models")
     if model.get_output_embeddings() is None:
         raise CaptureError(f"{kind} has no language-model head: load it with AutoModelForCausalLM")
     if not model.can_generate():
-        raise CaptureError(f"{kind} is not a decoder (it cannot generate): load it with AutoModelForCausalLM")
+        raise CaptureError(
+            f"{kind} is not a decoder (it cannot generate): load it with AutoModelForCausalLM"
+        )
     layers = getattr(config.get_text_config(), "layer_types", None) or ()
     recurrent = sorted({layer for layer in layers if any(word in layer for word in RECURRENT)})
     if recurrent or getattr(model, "_is_stateful", False):
         what = f" ({', '.join(recurrent)})" if recurrent else ""
-        raise CaptureError(f"{kind} has recurrent layers{what}: their state is not a KV cache, kvfx cannot carry it")
+        raise CaptureError(
+            f"{kind} has recurrent layers{what}: their state is not a KV cache, kvfx cannot carry it"
+        )
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise CaptureError(f"{kind} takes no position_ids: positions could not be told apart from rows")
+        raise CaptureError(
+            f"{kind} takes no position_ids: positions could not be told apart from rows"
+        )
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
-        raise CaptureError(f"{kind} has weights on {', '.join(devices)}: put the whole model on one device")
+        raise CaptureError(
+            f"{kind} has weights on {', '.join(devices)}: put the whole model on one device"
+        )
 
 
 @contextlib.contextmanager
@@ -106,9 +128,13 @@ def _as_sdpa_in_eval(model: nn.Module) -> Iterator[None]:
 
 
 def _share_weights(module: nn.Module, model: nn.Module) -> None:
-    """Assert that no weight was copied: every tensor of the capture lives in the storage of the model's."""
+    """Assert that no weight was copied: every tensor of the capture lives in the storage of the
+    model's.
+    """
     owned = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    copied = [name for name, parameter in module.named_parameters() if parameter.data_ptr() not in owned]
+    copied = [
+        name for name, parameter in module.named_parameters() if parameter.data_ptr() not in owned
+    ]
     assert not copied, f"capture copied weights: {copied}"
 
 
@@ -116,7 +142,11 @@ def _config_windows(model: nn.Module) -> tuple[int, ...]:
     """Every window or chunk length that the config names: masks are probed beyond all of them."""
     config = model.config.get_text_config()
     names = ("sliding_window", "attention_chunk_size", "window_size", "local_attention")
-    return tuple(value for name in names if isinstance(value := getattr(config, name, None), int) and value > 0)
+    return tuple(
+        value
+        for name in names
+        if isinstance(value := getattr(config, name, None), int) and value > 0
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,6 @@
-"""`compress`: a decoder in, the same decoder with a compressed cache out. `explain`: the same, without running it."""
+"""`compress`: a decoder in, the same decoder with a compressed cache out. `explain`: the same,
+without running it.
+"""
 
 from __future__ import annotations
 
@@ -49,15 +51,18 @@ def compress(
     max_length: int | None = None,
     strict: bool = True,
 ) -> CompressedModel:
-    """The model with its KV cache compressed by `policy` (a policy or a preset's name); `model` itself is untouched.
+    """The model with its KV cache compressed by `policy` (a policy or a preset's name); `model`
+    itself is untouched.
 
-    `backend="auto"` picks the best backend that exists for the device. `compile=False` runs the rewritten graph
-    eagerly. `verify=True` first proves on random tokens that the rewrite under `Full()` computes what the model does.
-    `max_length` bounds the tokens of a conversation. `strict=False` keeps sites dense that the policy cannot serve.
+    `backend="auto"` picks the best backend that exists for the device. `compile=False` runs the
+    rewritten graph eagerly. `verify=True` first proves on random tokens that the rewrite under
+    `Full()` computes what the model does.
+    `max_length` bounds the tokens of a conversation. `strict=False` keeps sites dense that the
+    policy cannot serve.
 
-    Raises CaptureError (not a decoder with attention), UnmatchedAttention (a site is not understood),
-    UnsupportedShape (the policy or backend cannot serve a site), PolicyError (unknown or ill-composed policy),
-    VerificationError (the rewrite is wrong: a bug of kvfx).
+    Raises CaptureError (not a decoder with attention), UnmatchedAttention (a site is not
+    understood), UnsupportedShape (the policy or backend cannot serve a site), PolicyError (unknown
+    or ill-composed policy), VerificationError (the rewrite is wrong: a bug of kvfx).
     """
     from kvfx.model import CompressedModel
 
@@ -67,19 +72,39 @@ def compress(
     lowered = lower(model, policy, backend=backend, compile=compile, strict=strict)
     if verify:
         validate(lowered.captured, lowered.raised)
-    programs = {name: _executable(graph, lowered, compile=compile) for name, graph in lowered.graphs.items()}
-    report = make_report(lowered.plan, lowered.graphs, lowered.trail, verified=verify, seconds=time.perf_counter() - start)
-    return CompressedModel(model, lowered.plan, lowered.graphs, Executor(programs), lowered.trail, report, max_length)
+    programs = {
+        name: _executable(graph, lowered, compile=compile) for name, graph in lowered.graphs.items()
+    }
+    report = make_report(
+        lowered.plan,
+        lowered.graphs,
+        lowered.trail,
+        verified=verify,
+        seconds=time.perf_counter() - start,
+    )
+    return CompressedModel(
+        model, lowered.plan, lowered.graphs, Executor(programs), lowered.trail, report, max_length
+    )
 
 
-def explain(model: nn.Module, policy: Policy | str, *, backend: str = "auto", strict: bool = True) -> Report:
+def explain(
+    model: nn.Module, policy: Policy | str, *, backend: str = "auto", strict: bool = True
+) -> Report:
     """What `compress` would do, site by site, without compiling or running anything."""
     start = time.perf_counter()
     lowered = lower(model, policy, backend=backend, compile=True, strict=strict)
-    return make_report(lowered.plan, lowered.graphs, lowered.trail, verified=False, seconds=time.perf_counter() - start)
+    return make_report(
+        lowered.plan,
+        lowered.graphs,
+        lowered.trail,
+        verified=False,
+        seconds=time.perf_counter() - start,
+    )
 
 
-def lower(model: nn.Module, policy: Policy | str, *, backend: str, compile: bool, strict: bool) -> Lowered:
+def lower(
+    model: nn.Module, policy: Policy | str, *, backend: str, compile: bool, strict: bool
+) -> Lowered:
     """Capture and raise `model`, plan `policy`, and lower every program that the plan needs."""
     policy = policy_named(policy) if isinstance(policy, str) else policy
     trail = Trail()
@@ -87,7 +112,9 @@ def lower(model: nn.Module, policy: Policy | str, *, backend: str, compile: bool
     raised = run_passes(captured.copy(), raise_passes(), trail)
     if raised.missed:
         reasons = "\n".join(f"  {miss}" for miss in raised.missed.values())
-        raise UnmatchedAttention(f"{len(raised.missed)} attention sites of {type(model).__name__} are not understood:\n{reasons}")
+        raise UnmatchedAttention(
+            f"{len(raised.missed)} attention sites of {type(model).__name__} are not understood:\n{reasons}"
+        )
     plan = make_plan(policy, raised.sites, strict=strict)
     device = raised.sites[0].device
     target = Target(_backend(backend, device), inductor_cpu=compile and device.type == "cpu")
@@ -104,7 +131,9 @@ def _backend(backend: str, device: torch.device) -> str:
     if backend == "auto":
         return "reference"
     if backend not in BACKENDS:
-        raise UnsupportedShape(f"backend {backend!r} does not exist on {device}: choose 'auto' or {', '.join(BACKENDS)}")
+        raise UnsupportedShape(
+            f"backend {backend!r} does not exist on {device}: choose 'auto' or {', '.join(BACKENDS)}"
+        )
     return backend
 
 

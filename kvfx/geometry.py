@@ -30,7 +30,8 @@ Mask = Causal | Window
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: the first `2 * len(frequencies)` channels turn by `position * frequency` radians.
+    """Rotary embedding: the first `2 * len(frequencies)` channels turn by `position * frequency`
+    radians.
 
     `style` is `"half"` (channel i pairs with i + width / 2) or `"interleaved"` (2i with 2i + 1).
     """

@@ -43,8 +43,10 @@ class Miss:
 class Graph:
     """A `torch.fx.GraphModule` with what the compiler knows about it.
 
-    `program` is empty until caches are inserted. `windows` are the sliding windows that the model's config names.
-    `missed` are the sites that could not be raised, by name. `prefix` is the path of the model inside the capture.
+    `program` is empty until caches are inserted. `windows` are the sliding windows that the model's
+    config names.
+    `missed` are the sites that could not be raised, by name. `prefix` is the path of the model
+    inside the capture.
     """
 
     module: fx.GraphModule
@@ -93,7 +95,13 @@ class Graph:
         self.module.recompile()
 
 
-def call(graph: Graph, target: Callable[..., object], args: Sequence[Argument], mark: Stamp, **kwargs: Argument) -> fx.Node:
+def call(
+    graph: Graph,
+    target: Callable[..., object],
+    args: Sequence[Argument],
+    mark: Stamp,
+    **kwargs: Argument,
+) -> fx.Node:
     """Add a stamped node at the insertion point, with its value computed on fake tensors."""
     node = graph.module.graph.call_function(target, tuple(args), kwargs)
     infer(node)
@@ -134,7 +142,9 @@ def site_path(node: fx.Node) -> str:
 
 
 def ancestors(outputs: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
-    """Every node that `outputs` are computed from, themselves included; the walk does not go above `stop`."""
+    """Every node that `outputs` are computed from, themselves included; the walk does not go above
+    `stop`.
+    """
     ends, seen, todo = set(stop), set(), list(outputs)
     while todo:
         node = todo.pop()
@@ -146,7 +156,9 @@ def ancestors(outputs: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[f
     return seen
 
 
-def extract(module: fx.GraphModule, outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> fx.GraphModule:
+def extract(
+    module: fx.GraphModule, outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]
+) -> fx.GraphModule:
     """The sub-graph from `inputs` to `outputs` as a module of its own; weights are shared."""
     needed = ancestors(outputs, stop=inputs)
     graph, copied = fx.Graph(), {}

@@ -16,7 +16,9 @@ def site_formula(plan: SitePlan) -> sympy.Expr:
 
 
 def memory_bytes(plan: Plan, batch: int, length: int) -> int:
-    """Bytes of all buffers after a prompt of `length` tokens per row, equal to what is allocated then."""
+    """Bytes of all buffers after a prompt of `length` tokens per row, equal to what is allocated
+    then.
+    """
     return sum(site_bytes(site, batch, length) for site in plan.sites)
 
 
@@ -27,10 +29,16 @@ def site_bytes(plan: SitePlan, batch: int, length: int) -> int:
 
 
 def memory_formula(plan: Plan) -> sympy.Expr:
-    """Bytes of all buffers: sites of equal schedule share a capacity symbol (`capacity_0`, `capacity_1`, ...)."""
+    """Bytes of all buffers: sites of equal schedule share a capacity symbol (`capacity_0`,
+    `capacity_1`, ...).
+    """
     schedules = list(Counter(site.schedule for site in plan.sites))
     symbols = {
-        schedule: sympy.Symbol("capacity" if len(schedules) == 1 else f"capacity_{index}", positive=True, integer=True)
+        schedule: sympy.Symbol(
+            "capacity" if len(schedules) == 1 else f"capacity_{index}", positive=True, integer=True
+        )
         for index, schedule in enumerate(schedules)
     }
-    return sympy.Add(*(site_formula(site).subs(CAPACITY, symbols[site.schedule]) for site in plan.sites))
+    return sympy.Add(
+        *(site_formula(site).subs(CAPACITY, symbols[site.schedule]) for site in plan.sites)
+    )

@@ -1,4 +1,6 @@
-"""The compressed model as transformers sees it: `generate`, pipelines and chat work as with the model it came from."""
+"""The compressed model as transformers sees it: `generate`, pipelines and chat work as with the
+model it came from.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from kvfx.runtime import Executor, State
 
 
 class CompressedCache(HFCache):
-    """The cache of one conversation, to be passed on as `past_key_values`; allocated when the first prompt is read."""
+    """The cache of one conversation, to be passed on as `past_key_values`; allocated when the first
+    prompt is read.
+    """
 
     def __init__(self, plan: Plan, max_length: int | None) -> None:
         self.layers = []
@@ -32,11 +36,15 @@ class CompressedCache(HFCache):
         self.state: State | None = None
 
     def allocated(self, batch: int) -> State:
-        """The state for a batch of `batch` rows; a batch of another size than before raises an InputError."""
+        """The state for a batch of `batch` rows; a batch of another size than before raises an
+        InputError.
+        """
         if self.state is None:
             self.state = State(self.plan, batch, self.max_length)
         if self.state.batch != batch:
-            raise InputError(f"this cache holds {self.state.batch} rows, the inputs have {batch}: start a new cache")
+            raise InputError(
+                f"this cache holds {self.state.batch} rows, the inputs have {batch}: start a new cache"
+            )
         return self.state
 
     def nbytes(self) -> int:
@@ -44,7 +52,9 @@ class CompressedCache(HFCache):
         return 0 if self.state is None else self.state.nbytes()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns read so far, padding included (what generate slices its inputs by); never the number of entries."""
+        """Columns read so far, padding included (what generate slices its inputs by); never the
+        number of entries.
+        """
         return 0 if self.state is None else self.state.columns
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
@@ -69,7 +79,9 @@ class CompressedCache(HFCache):
         self.state = None
 
     def crop(self, max_length: int) -> None:
-        """Keep the first `max_length` columns (negative: drop that many); evicted or quantized caches refuse."""
+        """Keep the first `max_length` columns (negative: drop that many); evicted or quantized
+        caches refuse.
+        """
         if self.state is not None:
             length = self.state.columns + max_length if max_length < 0 else max_length
             self.state.crop(min(length, self.state.columns))
@@ -91,9 +103,11 @@ class CompressedCache(HFCache):
 
 
 class CompressedModel(GenerationMixin, nn.Module):
-    """A decoder whose KV cache is compressed: use it like the model it came from, whose weights it shares.
+    """A decoder whose KV cache is compressed: use it like the model it came from, whose weights it
+    shares.
 
-    `report` says what was done, `graph(program)` shows a program, `trail` how it came about, `memory` what it costs.
+    `report` says what was done, `graph(program)` shows a program, `trail` how it came about,
+    `memory` what it costs.
     """
 
     main_input_name = "input_ids"
@@ -117,9 +131,9 @@ class CompressedModel(GenerationMixin, nn.Module):
         # not a sub-module: parameters belong to the model, and moving it would leave the programs behind
         self.__dict__["source"] = model
         self.config = model.config
-        self.generation_config = getattr(model, "generation_config", None) or GenerationConfig.from_model_config(
-            model.config
-        )
+        self.generation_config = getattr(
+            model, "generation_config", None
+        ) or GenerationConfig.from_model_config(model.config)
         self.plan = plan
         self.graphs = graphs
         self.executor = executor
@@ -129,7 +143,9 @@ class CompressedModel(GenerationMixin, nn.Module):
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
-        """What is not about the cache is asked of the original model: embeddings, names, flags that pipelines read."""
+        """What is not about the cache is asked of the original model: embeddings, names, flags that
+        pipelines read.
+        """
         source = self.__dict__.get("source")
         if source is None or name in ("_modules", "_parameters", "_buffers"):
             raise AttributeError(name)
@@ -150,17 +166,23 @@ class CompressedModel(GenerationMixin, nn.Module):
         return True
 
     def graph(self, program: str = "decode") -> Graph:
-        """The lowered graph of `"prefill"`, `"extend"`, `"decode"` or `"compact"`: `.text`, `.module`."""
+        """The lowered graph of `"prefill"`, `"extend"`, `"decode"` or `"compact"`: `.text`,
+        `.module`.
+        """
         if program not in self.graphs:
             raise KeyError(f"no program {program!r}: this model has {', '.join(self.graphs)}")
         return self.graphs[program]
 
     def memory(self, batch: int = 1, length: int = 1) -> int:
-        """Bytes of the cache after a prompt of `length` tokens in each of `batch` rows, exactly as allocated."""
+        """Bytes of the cache after a prompt of `length` tokens in each of `batch` rows, exactly as
+        allocated.
+        """
         return memory_bytes(self.plan, batch, length)
 
     def memory_formula(self) -> sympy.Expr:
-        """Bytes of the cache as a sympy expression in `batch` and the capacity of each kind of site."""
+        """Bytes of the cache as a sympy expression in `batch` and the capacity of each kind of
+        site.
+        """
         return memory_formula(self.plan)
 
     def new_cache(self) -> CompressedCache:
@@ -168,22 +190,32 @@ class CompressedModel(GenerationMixin, nn.Module):
         return CompressedCache(self.plan, self.max_length)
 
     def to(self, *args: Any, **kwargs: Any) -> CompressedModel:
-        """Refuse to move: programs are compiled for the device and dtype of the model they came from."""
+        """Refuse to move: programs are compiled for the device and dtype of the model they came
+        from.
+        """
         target = torch._C._nn._parse_to(*args, **kwargs)
         if target[0] not in (None, self.device) or target[1] not in (None, self.dtype):
-            raise UnsupportedOperation("a compressed model cannot be moved or cast: move the model, then compress it")
+            raise UnsupportedOperation(
+                "a compressed model cannot be moved or cast: move the model, then compress it"
+            )
         return self
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """What `transformers` generates, through the compressed cache; asks for a croppable cache raise before any token."""
+        """What `transformers` generates, through the compressed cache; asks for a croppable cache
+        raise before any token.
+        """
         config = kwargs.get("generation_config") or self.generation_config
-        lookup = kwargs.get("prompt_lookup_num_tokens") or getattr(config, "prompt_lookup_num_tokens", None)
+        lookup = kwargs.get("prompt_lookup_num_tokens") or getattr(
+            config, "prompt_lookup_num_tokens", None
+        )
         if (kwargs.get("assistant_model") is not None or lookup) and not self.plan.croppable:
             raise UnsupportedOperation(
                 f"assisted decoding takes tokens back, which {self.plan.policy!r} cannot: use kvfx.Full(), or no assistant"
             )
-        implementation = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
+        implementation = kwargs.get("cache_implementation") or getattr(
+            config, "cache_implementation", None
+        )
         if implementation is not None:
             raise PolicyError(
                 f"cache_implementation={implementation!r} chooses one of transformers' caches: "
@@ -208,18 +240,29 @@ class CompressedModel(GenerationMixin, nn.Module):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Tensor, CompressedCache | None]:
-        """Logits [B, L, V] of new tokens [B, S] after those in `past_key_values`, which is updated in place.
+        """Logits [B, L, V] of new tokens [B, S] after those in `past_key_values`, which is updated
+        in place.
 
-        `attention_mask` is [B, S], or [B, past + S] with the past included; padding is on the left. Several rows are
-        read by the prefill or extend program, one row by the decode program. Raises InputError for right padding,
-        positions that restart, or a batch that does not fit the cache.
+        `attention_mask` is [B, S], or [B, past + S] with the past included; padding is on the left.
+        Several rows are read by the prefill or extend program, one row by the decode program.
+        Raises InputError for right padding, positions that restart, or a batch that does not fit
+        the cache.
         """
         if input_ids is None:
-            raise InputError("a compressed model reads input_ids" + (", not inputs_embeds" if inputs_embeds is not None else ""))
-        wanted = {"labels": labels, "output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+            raise InputError(
+                "a compressed model reads input_ids"
+                + (", not inputs_embeds" if inputs_embeds is not None else "")
+            )
+        wanted = {
+            "labels": labels,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
         for name, value in wanted.items():
             if value is not None and value is not False:
-                raise UnsupportedOperation(f"a compressed model does not compute {name}: ask the original model")
+                raise UnsupportedOperation(
+                    f"a compressed model does not compute {name}: ask the original model"
+                )
         cache = self.new_cache() if past_key_values is None else past_key_values
         if not isinstance(cache, CompressedCache) or cache.plan is not self.plan:
             raise InputError(
@@ -241,7 +284,9 @@ class CompressedModel(GenerationMixin, nn.Module):
 
 
 def logits_rows(rows: int, logits_to_keep: int | Tensor, device: torch.device) -> Tensor:
-    """The rows that get logits [L]: the last `logits_to_keep`, all for 0, or those that a tensor names."""
+    """The rows that get logits [L]: the last `logits_to_keep`, all for 0, or those that a tensor
+    names.
+    """
     if isinstance(logits_to_keep, Tensor):
         return logits_to_keep.to(device) % rows
     return torch.arange(rows, device=device)[-logits_to_keep:]
@@ -252,7 +297,8 @@ def read_positions(
 ) -> tuple[Tensor, list[int]]:
     """The position of each new row [B, S] (-1: padding) and the real rows per batch row, checked.
 
-    Positions continue the conversation. A new conversation may start at any position that `position_ids` names.
+    Positions continue the conversation. A new conversation may start at any position that
+    `position_ids` names.
     """
     device = state.next_position.device
     real = torch.ones(state.batch, rows, dtype=torch.bool, device=device)
@@ -278,7 +324,9 @@ def read_positions(
 def _new_columns(state: State, rows: int, attention_mask: Tensor) -> Tensor:
     """The part of a 2-D mask that belongs to the new rows."""
     if attention_mask.dim() != 2:
-        raise InputError(f"attention_mask must be [batch, length], this one is {list(attention_mask.shape)}")
+        raise InputError(
+            f"attention_mask must be [batch, length], this one is {list(attention_mask.shape)}"
+        )
     columns = attention_mask.shape[1]
     if attention_mask.shape[0] != state.batch or columns not in (rows, state.columns + rows):
         raise InputError(
@@ -296,4 +344,6 @@ def _check_padding(state: State, real: Tensor) -> None:
             f"row {row} is padded on the right: kvfx reads left-padded batches (tokenizer.padding_side = 'left')"
         )
     if bool((real[:, :-1] & ~real[:, 1:]).any()):
-        raise InputError("attention_mask has holes: padding must be one block on the left of each row")
+        raise InputError(
+            "attention_mask has holes: padding must be one block on the left of each row"
+        )

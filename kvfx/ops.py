@@ -1,10 +1,11 @@
 """The kvfx ops: schemas, shape functions, and where each backend's implementation lives.
 
-The overload of an op is its backend: `kvfx.attend_dense.default` is abstract (shapes only), `.reference` runs the
-eager definition in `kernels/<room>/reference.py`. This module needs torch alone; a room is imported at its first use.
+The overload of an op is its backend: `kvfx.attend_dense.default` is abstract (shapes only),
+`.reference` runs the eager definition in `kernels/<room>/reference.py`. This module needs torch
+alone; a room is imported at its first use.
 
-A *traced* op is transparent to the compiler: Inductor sees through it and fuses it with its surroundings.
-An *opaque* op runs as it is written.
+A *traced* op is transparent to the compiler: Inductor sees through it and fuses it with its
+surroundings. An *opaque* op runs as it is written.
 """
 
 from __future__ import annotations
@@ -78,11 +79,21 @@ def _attend(values: int) -> Callable[..., Tensor]:
 
 
 def _load_dense(k_cache: Tensor, v_cache: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(k_cache), torch.empty_like(v_cache), k_cache.new_empty(k_cache.shape[:3], dtype=torch.bool)
+    return (
+        torch.empty_like(k_cache),
+        torch.empty_like(v_cache),
+        k_cache.new_empty(k_cache.shape[:3], dtype=torch.bool),
+    )
 
 
 def _load_kivi(
-    k_codes: Tensor, k_scales: Tensor, k_zeros: Tensor, v_codes: Tensor, v_scales: Tensor, *rest: Tensor, **_: object
+    k_codes: Tensor,
+    k_scales: Tensor,
+    k_zeros: Tensor,
+    v_codes: Tensor,
+    v_scales: Tensor,
+    *rest: Tensor,
+    **_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     k_residual, v_residual = rest[1], rest[2]
     batch, kv_heads, tiles = k_codes.shape[:3]
@@ -111,16 +122,28 @@ def _read(buffers: str) -> str:
     return buffers
 
 
-def _room(room: str, buffers: str, attributes: str, load: Callable[..., object] | None) -> tuple[Op, ...]:
+def _room(
+    room: str, buffers: str, attributes: str, load: Callable[..., object] | None
+) -> tuple[Op, ...]:
     """The five ops that every store room has."""
     reads, where = _read(buffers), f"kvfx.kernels.{room}.reference"
     extra = f", *, {attributes}" if attributes else ""
     scaled = ", *, float scale" + (f", {attributes}" if attributes else "")
-    rows = "Tensor k, Tensor v, Tensor keep" if room != "ring" else "Tensor k, Tensor v, Tensor position_ids"
+    rows = (
+        "Tensor k, Tensor v, Tensor keep"
+        if room != "ring"
+        else "Tensor k, Tensor v, Tensor position_ids"
+    )
     attend = _attend(7 if room == "kivi" else 1)
     ops = (
         Op(f"store_{room}", f"({rows}, {buffers}{extra}) -> ()", f"{where}:store", _nothing),
-        Op(f"append_{room}", f"({rows}, {buffers}{extra}) -> ()", f"{where}:append", _nothing, traced=True),
+        Op(
+            f"append_{room}",
+            f"({rows}, {buffers}{extra}) -> ()",
+            f"{where}:append",
+            _nothing,
+            traced=True,
+        ),
         Op(
             f"attend_{room}",
             f"(Tensor q, Tensor position_ids, {reads}{scaled}) -> Tensor",
@@ -137,7 +160,10 @@ def _room(room: str, buffers: str, attributes: str, load: Callable[..., object] 
     )
     if load is None:
         return ops
-    return (*ops, Op(f"load_{room}", f"({reads}{extra}) -> (Tensor, Tensor, Tensor)", f"{where}:load", load))
+    return (
+        *ops,
+        Op(f"load_{room}", f"({reads}{extra}) -> (Tensor, Tensor, Tensor)", f"{where}:load", load),
+    )
 
 
 OPS: dict[str, Op] = {
@@ -207,7 +233,12 @@ OPS: dict[str, Op] = {
         *_room("dense", DENSE, "", _load_dense),
         *_room("ring", RING, "int window", None),
         *_room("kivi", KIVI, KIVI_ATTRIBUTES, _load_kivi),
-        Op("flush_kivi", f"({KIVI}, *, {KIVI_ATTRIBUTES}) -> ()", "kvfx.kernels.kivi.reference:flush", _nothing),
+        Op(
+            "flush_kivi",
+            f"({KIVI}, *, {KIVI_ATTRIBUTES}) -> ()",
+            "kvfx.kernels.kivi.reference:flush",
+            _nothing,
+        ),
     )
 }
 
@@ -246,17 +277,24 @@ _register()
 
 
 def score_op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make `function(q, k, v, live) -> score` the op `kvfx.<function name>`, for select policies that rank tokens.
+    """Make `function(q, k, v, live) -> score` the op `kvfx.<function name>`, for select policies
+    that rank tokens.
 
-    q [B, H, S, D] are the prompt's queries (None when a cache is compacted), k [B, K, T, D], v [B, K, T, Dv],
-    live [B, K, T] bool. The score [B, K, T] is fp32; the largest are kept. Scores of rows that are not live are ignored.
+    q [B, H, S, D] are the prompt's queries (None when a cache is compacted), k [B, K, T, D], v [B,
+    K, T, Dv], live [B, K, T] bool. The score [B, K, T] is fp32; the largest are kept. Scores of
+    rows that are not live are ignored.
     """
 
     def shape(q: Tensor | None, k: Tensor, v: Tensor, live: Tensor) -> Tensor:
         return k.new_empty(k.shape[:3], dtype=torch.float32)
 
     name = function.__name__
-    op = Op(name, "(Tensor? q, Tensor k, Tensor v, Tensor live) -> Tensor", f"{function.__module__}:{name}", shape)
+    op = Op(
+        name,
+        "(Tensor? q, Tensor k, Tensor v, Tensor live) -> Tensor",
+        f"{function.__module__}:{name}",
+        shape,
+    )
     if name not in OPS:
         OPS[name] = op
         _define(op, function)

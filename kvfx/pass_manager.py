@@ -1,6 +1,7 @@
 """Passes, the loop that runs them, their statistics, and the trail they leave.
 
-`KVFX_PRINT=after-all | after-change | after:<pass>` prints texts to stderr; `KVFX_DUMP=<folder>` writes them.
+`KVFX_PRINT=after-all | after-change | after:<pass>` prints texts to stderr; `KVFX_DUMP=<folder>`
+writes them.
 """
 
 from __future__ import annotations
@@ -65,20 +66,31 @@ class Step:
 
     def diff(self) -> str:
         """What the pass changed, as a unified diff of canonical texts."""
-        return diff(self.before, self.after, before_name=f"before {self.name}", after_name=f"after {self.name}")
+        return diff(
+            self.before,
+            self.after,
+            before_name=f"before {self.name}",
+            after_name=f"after {self.name}",
+        )
 
 
 @dataclass
 class Trail:
-    """The passes' record, in order. `trail["insert-cache"]` finds a pass, `trail["prefill/insert-cache"]` one program's."""
+    """The passes' record, in order. `trail["insert-cache"]` finds a pass,
+    `trail["prefill/insert-cache"]` one program's.
+    """
 
     steps: list[Step] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Step:
         program, _, short = name.rpartition("/")
-        found = [step for step in self.steps if step.name == short and program in ("", step.program)]
+        found = [
+            step for step in self.steps if step.name == short and program in ("", step.program)
+        ]
         if not found:
-            known = ", ".join(dict.fromkeys(f"{step.program}/{step.name}".lstrip("/") for step in self.steps))
+            known = ", ".join(
+                dict.fromkeys(f"{step.program}/{step.name}".lstrip("/") for step in self.steps)
+            )
             raise KeyError(f"no pass {name!r} in the trail; there are: {known}")
         return next((step for step in found if step.program == "decode"), found[-1])
 
@@ -88,17 +100,23 @@ class Trail:
             stats = step.statistics
             hits = ", ".join(f"{rule} {count}" for rule, count in stats.hits.items()) or "-"
             nodes = f"{stats.nodes_before} -> {stats.nodes_after}"
-            rows.append(f"{step.program:8} {step.name:20} {nodes:>13} {stats.milliseconds:8.1f}  {hits}")
+            rows.append(
+                f"{step.program:8} {step.name:20} {nodes:>13} {stats.milliseconds:8.1f}  {hits}"
+            )
             rows += [f"{'':9}miss: {miss}" for miss in stats.misses]
         return "\n".join(rows)
 
 
 def run_passes(graph: Graph, passes: Iterable[Pass], trail: Trail | None) -> Graph:
-    """Run `passes` in order on `graph`, checking each door, and append their record to `trail` if there is one."""
+    """Run `passes` in order on `graph`, checking each door, and append their record to `trail` if
+    there is one.
+    """
     before = graph.text if trail is not None else ""
     for step in passes:
         if graph.level is not step.consumes:
-            raise KvfxError(f"pass {step.name!r} takes a {step.consumes.value} graph, this one is {graph.level.value}")
+            raise KvfxError(
+                f"pass {step.name!r} takes a {step.consumes.value} graph, this one is {graph.level.value}"
+            )
         stats = Statistics(nodes_before=len(graph.nodes))
         start = time.perf_counter()
         step.run(graph, stats)
@@ -121,7 +139,11 @@ def _show(step: Step, number: int) -> None:
     """Print or dump a step as the environment asks."""
     wanted, folder = os.environ.get("KVFX_PRINT", ""), os.environ.get("KVFX_DUMP", "")
     changed = step.before != step.after
-    if wanted == "after-all" or (wanted == "after-change" and changed) or wanted == f"after:{step.name}":
+    if (
+        wanted == "after-all"
+        or (wanted == "after-change" and changed)
+        or wanted == f"after:{step.name}"
+    ):
         sys.stderr.write(f"// after {step.name} ({step.program or 'model'})\n{step.after}\n")
     if folder:
         path = pathlib.Path(folder)

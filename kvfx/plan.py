@@ -15,7 +15,8 @@ from kvfx.policy import Policy, Select, Store
 class Schedule:
     """When the entries of a site are evicted or flushed: a function of counts that the host knows.
 
-    Sites with equal schedules hold equally many entries at all times, so the host keeps one count for all of them.
+    Sites with equal schedules hold equally many entries at all times, so the host keeps one count
+    for all of them.
     """
 
     store: Store
@@ -30,7 +31,9 @@ class Schedule:
         return None if self.select is None else self.select.kept(tokens) + self.select.interval
 
     def due(self, entries: int, tokens: int) -> bool:
-        """Whether a row of `entries` entries after a prompt of `tokens` tokens is to be compacted now."""
+        """Whether a row of `entries` entries after a prompt of `tokens` tokens is to be compacted
+        now.
+        """
         limit = self.limit(tokens)
         return self.store.flush_due(entries) or (limit is not None and entries >= limit)
 
@@ -59,12 +62,16 @@ class SitePlan:
     @property
     def methods(self) -> str:
         """The names of the methods at this site."""
-        return " | ".join(type(policy).__name__ for policy in (self.select, self.store) if policy is not None)
+        return " | ".join(
+            type(policy).__name__ for policy in (self.select, self.store) if policy is not None
+        )
 
     @property
     def rule(self) -> str:
         """The policies of this site, as they are typed."""
-        return " | ".join(repr(policy) for policy in (self.select, self.store) if policy is not None)
+        return " | ".join(
+            repr(policy) for policy in (self.select, self.store) if policy is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -93,26 +100,35 @@ class Plan:
 def make_plan(policy: Policy, sites: tuple[Site, ...], *, strict: bool = True) -> Plan:
     """Decide what each site does under `policy`.
 
-    Sliding-window sites keep a ring of their window. A site that a policy cannot serve raises UnsupportedShape, or
-    stays `Full()` with a note when `strict` is False.
+    Sliding-window sites keep a ring of their window. A site that a policy cannot serve raises
+    UnsupportedShape, or stays `Full()` with a note when `strict` is False.
     """
     return Plan(policy, tuple(_plan_site(policy, site, len(sites), strict) for site in sites))
 
 
 def _plan_site(policy: Policy, site: Site, sites: int, strict: bool) -> SitePlan:
     if site.window is not None:
-        return SitePlan(site, WindowRing(site.window), None, f"the model sees {site.window} tokens: lossless ring")
+        return SitePlan(
+            site,
+            WindowRing(site.window),
+            None,
+            f"the model sees {site.window} tokens: lossless ring",
+        )
     parts = policy.for_site(site, sites).parts()
     store = next((part for part in parts if isinstance(part, Store)), Full())
     select = next((part for part in parts if isinstance(part, Select)), None)
     unknown = [part for part in parts if not isinstance(part, (Store, Select))]
     if unknown:
-        raise PolicyError(f"{site.name}: {unknown[0]!r} plays a role that this version cannot compile")
+        raise PolicyError(
+            f"{site.name}: {unknown[0]!r} plays a role that this version cannot compile"
+        )
     for part in (store, select):
         reason = None if part is None else part.constraint(site)
         if reason is None:
             continue
         if strict:
-            raise UnsupportedShape(f"{site.name}: {part!r} does not fit: {reason} (strict=False keeps such sites dense)")
+            raise UnsupportedShape(
+                f"{site.name}: {part!r} does not fit: {reason} (strict=False keeps such sites dense)"
+            )
         return SitePlan(site, Full(), None, f"dense: {reason}")
     return SitePlan(site, store, select)

@@ -1,4 +1,6 @@
-"""What is kept and how, as data: the `Policy` base classes, one per role, and the `|` that composes them."""
+"""What is kept and how, as data: the `Policy` base classes, one per role, and the `|` that composes
+them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ ROLES = ("allocate", "select", "refine", "merge", "store", "reuse")
 
 
 class Policy(ABC):
-    """A published method as frozen data: it names ops, sizes buffers and fills attributes, and never sees a tensor.
+    """A published method as frozen data: it names ops, sizes buffers and fills attributes, and
+    never sees a tensor.
 
     Subclasses are frozen dataclasses named after their method; `repr()` is valid Python.
     """
@@ -36,7 +39,9 @@ class Policy(ABC):
         return (self.role,)
 
     def for_site(self, site: Site, sites: int) -> Policy:
-        """The policy that holds at `site` of a model with `sites` sites (combinators choose; methods are uniform)."""
+        """The policy that holds at `site` of a model with `sites` sites (combinators choose;
+        methods are uniform).
+        """
         del site, sites
         return self
 
@@ -45,10 +50,13 @@ class Store(Policy):
     """How an entry is held in memory. `room` names the kernel room whose ops the site uses.
 
     The ops of a room take these arguments, in this order (see `kvfx/ops.py`):
-    `store(k, v, keep, *buffers)`, `append(k, v, keep, *buffers)`, `attend(q, position_ids, *buffers)`,
-    `extend(q, k, v, position_ids, *buffers)`, `load(*buffers)`, and `flush(*buffers)` where `flushes`;
-    `attributes()` are their keyword arguments. `rows` says how rows to write are named: by a `"keep"` mask
-    [B, K, S], or by `"positions"` [B, S]. A `croppable` format can forget its newest entries.
+    `store(k, v, keep, *buffers)`, `append(k, v, keep, *buffers)`, `attend(q, position_ids,
+    *buffers)`,
+    `extend(q, k, v, position_ids, *buffers)`, `load(*buffers)`, and `flush(*buffers)` where
+    `flushes`;
+    `attributes()` are their keyword arguments. `rows` says how rows to write are named: by a
+    `"keep"` mask [B, K, S], or by `"positions"` [B, S]. A `croppable` format can forget its newest
+    entries.
     """
 
     role: ClassVar[str] = "store"
@@ -63,7 +71,9 @@ class Store(Policy):
 
     @abstractmethod
     def capacity(self, entries: int, *, bounded: bool) -> int:
-        """Entries to allocate so that `entries` fit; `bounded` says that a select policy caps their number."""
+        """Entries to allocate so that `entries` fit; `bounded` says that a select policy caps their
+        number.
+        """
 
     def attributes(self, site: Site) -> dict[str, int | float | str]:
         """Keyword arguments of every op of the room at `site`."""
@@ -82,9 +92,11 @@ class Store(Policy):
 
 
 class Select(Policy):
-    """Which tokens keep an entry: at most `kept(tokens)` per KV head, and `interval` more between two evictions.
+    """Which tokens keep an entry: at most `kept(tokens)` per KV head, and `interval` more between
+    two evictions.
 
-    `select` names the op that chooses, `score` the op that ranks (None where position alone decides).
+    `select` names the op that chooses, `score` the op that ranks (None where position alone
+    decides).
     """
 
     role: ClassVar[str] = "select"
@@ -137,13 +149,17 @@ class Composition(Policy):
 
 
 def compose(*policies: Policy) -> Policy:
-    """Combine policies of different roles; the same role twice raises a PolicyError that names both."""
+    """Combine policies of different roles; the same role twice raises a PolicyError that names
+    both.
+    """
     parts = tuple(part for policy in policies for part in policy.parts())
     taken: dict[str, Policy] = {}
     for part in parts:
         for role in part.roles():
             if role in taken:
-                raise PolicyError(f"{taken[role]!r} and {part!r} both play the role {role!r}: keep one of them")
+                raise PolicyError(
+                    f"{taken[role]!r} and {part!r} both play the role {role!r}: keep one of them"
+                )
             taken[role] = part
     return parts[0] if len(parts) == 1 else Composition(parts)
 
@@ -151,7 +167,9 @@ def compose(*policies: Policy) -> Policy:
 def check_budget(policy: str, budget: float | int) -> None:
     """Raise a PolicyError unless `budget` is a fraction in (0, 1] or a positive count of entries."""
     if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise PolicyError(f"{policy}(budget={budget!r}): a budget is a fraction in (0, 1] or a count of entries")
+        raise PolicyError(
+            f"{policy}(budget={budget!r}): a budget is a fraction in (0, 1] or a count of entries"
+        )
     if isinstance(budget, float) and not 0.0 < budget <= 1.0:
         raise PolicyError(
             f"{policy}(budget={budget!r}): a fraction must satisfy 0 < budget <= 1; give an int for a count of entries"
@@ -163,10 +181,14 @@ def check_budget(policy: str, budget: float | int) -> None:
 def check_choice(policy: str, field: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise a PolicyError unless `value` is one of `choices`."""
     if value not in choices:
-        raise PolicyError(f"{policy}({field}={value!r}): {field} must be one of {', '.join(map(repr, choices))}")
+        raise PolicyError(
+            f"{policy}({field}={value!r}): {field} must be one of {', '.join(map(repr, choices))}"
+        )
 
 
 def check_at_least(policy: str, field: str, value: int, least: int) -> None:
     """Raise a PolicyError unless `value` is an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise PolicyError(f"{policy}({field}={value!r}): {field} must be an integer of at least {least}")
+        raise PolicyError(
+            f"{policy}({field}={value!r}): {field} must be an integer of at least {least}"
+        )

@@ -11,7 +11,9 @@ KEY = "kvfx"
 
 @dataclass(frozen=True)
 class Stamp:
-    """The site a node belongs to (its module path, "" for none), the rule that made it, and the pass that ran the rule."""
+    """The site a node belongs to (its module path, "" for none), the rule that made it, and the
+    pass that ran the rule.
+    """
 
     site: str
     rule: str

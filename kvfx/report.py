@@ -17,6 +17,8 @@ class Report:
     plan: Plan
 
 
-def make_report(plan: Plan, graphs: Mapping[str, Graph], trail: Trail, *, verified: bool, seconds: float) -> Report:
+def make_report(
+    plan: Plan, graphs: Mapping[str, Graph], trail: Trail, *, verified: bool, seconds: float
+) -> Report:
     """The report of one compilation."""
     return Report(plan)

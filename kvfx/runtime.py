@@ -12,10 +12,12 @@ from kvfx.plan import Plan, Schedule, SitePlan
 
 
 class State:
-    """The buffers of every site for one batch of conversations, with counts that never need a device sync.
+    """The buffers of every site for one batch of conversations, with counts that never need a
+    device sync.
 
-    `columns` counts the columns of the token matrix read so far, padding included; `positions` [B] the next position
-    of each row; `prompt_tokens` [B] the tokens that budgets refer to: those seen when the last prompt ended.
+    `columns` counts the columns of the token matrix read so far, padding included; `positions` [B]
+    the next position of each row; `prompt_tokens` [B] the tokens that budgets refer to: those seen
+    when the last prompt ended.
     """
 
     def __init__(self, plan: Plan, batch: int, max_length: int | None) -> None:
@@ -25,10 +27,14 @@ class State:
         self.columns = 0
         self.positions = [0] * batch
         self.prompt_tokens = [0] * batch
-        self.entries: dict[Schedule, list[int]] = {site.schedule: [0] * batch for site in plan.sites}
+        self.entries: dict[Schedule, list[int]] = {
+            site.schedule: [0] * batch for site in plan.sites
+        }
         self.capacities = [0] * len(plan.sites)
         self.buffers: list[dict[str, Tensor]] = [{} for _ in plan.sites]
-        self.next_position = torch.zeros(batch, 1, dtype=torch.int64, device=plan.sites[0].site.device)
+        self.next_position = torch.zeros(
+            batch, 1, dtype=torch.int64, device=plan.sites[0].site.device
+        )
 
     def tensors(self) -> list[Tensor]:
         """All buffers in the order in which programs take them."""
@@ -39,7 +45,9 @@ class State:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
 
     def admit(self, columns: int, tokens: Sequence[int], *, as_prompt: bool) -> None:
-        """Make room for `columns` new rows of which `tokens` [B] are real; a first prompt is compressed before it is stored."""
+        """Make room for `columns` new rows of which `tokens` [B] are real; a first prompt is
+        compressed before it is stored.
+        """
         first = self.columns == 0
         seen = [position + count for position, count in zip(self.positions, tokens, strict=True)]
         if self.max_length is not None and max(seen) > self.max_length:
@@ -66,8 +74,12 @@ class State:
     def compacted(self) -> None:
         """Account for a run of the compact program, and give back what a long prompt had needed."""
         for schedule, entries in self.entries.items():
-            limits = map(schedule.kept, self.prompt_tokens) if schedule.select is not None else entries
-            self.entries[schedule] = [min(count, limit) for count, limit in zip(entries, limits, strict=True)]
+            limits = (
+                map(schedule.kept, self.prompt_tokens) if schedule.select is not None else entries
+            )
+            self.entries[schedule] = [
+                min(count, limit) for count, limit in zip(entries, limits, strict=True)
+            ]
         self._fit(shrink=True)
 
     def crop(self, length: int) -> None:
@@ -80,27 +92,40 @@ class State:
         dropped = self.columns - length
         self.columns = length
         self.positions = [position - dropped for position in self.positions]
-        self.prompt_tokens = [min(tokens, seen) for tokens, seen in zip(self.prompt_tokens, self.positions, strict=True)]
-        self.entries = {key: [count - dropped for count in entries] for key, entries in self.entries.items()}
+        self.prompt_tokens = [
+            min(tokens, seen)
+            for tokens, seen in zip(self.prompt_tokens, self.positions, strict=True)
+        ]
+        self.entries = {
+            key: [count - dropped for count in entries] for key, entries in self.entries.items()
+        }
         self.next_position -= dropped
         for buffers in self.buffers:
             buffers["length"] -= dropped
 
     def take_rows(self, rows: Tensor) -> None:
-        """Let row i of the batch continue what was row `rows[i]`: beam search, repeats, and selections."""
+        """Let row i of the batch continue what was row `rows[i]`: beam search, repeats, and
+        selections.
+        """
         order = rows.tolist()
         self.batch = len(order)
         self.positions = [self.positions[row] for row in order]
         self.prompt_tokens = [self.prompt_tokens[row] for row in order]
-        self.entries = {key: [entries[row] for row in order] for key, entries in self.entries.items()}
+        self.entries = {
+            key: [entries[row] for row in order] for key, entries in self.entries.items()
+        }
         self.next_position = self.next_position.index_select(0, rows)
-        self.buffers = [{name: old.index_select(0, rows) for name, old in site.items()} for site in self.buffers]
+        self.buffers = [
+            {name: old.index_select(0, rows) for name, old in site.items()} for site in self.buffers
+        ]
 
     def _fit(self, *, shrink: bool) -> None:
         """Allocate or grow the buffers of every site; after an eviction, shrink them as well."""
         for index, plan in enumerate(self.plan.sites):
             needed = self._needed(plan.schedule)
-            if needed > self.capacities[index] or (shrink and plan.select is not None and needed < self.capacities[index]):
+            if needed > self.capacities[index] or (
+                shrink and plan.select is not None and needed < self.capacities[index]
+            ):
                 self._resize(index, plan, needed)
 
     def _needed(self, schedule: Schedule) -> int:
@@ -125,9 +150,15 @@ class Executor:
         self.programs = programs
 
     def prompt(
-        self, state: State, input_ids: Tensor, position_ids: Tensor, logits_index: Tensor, tokens: Sequence[int]
+        self,
+        state: State,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        logits_index: Tensor,
+        tokens: Sequence[int],
     ) -> Tensor:
-        """Read S >= 1 rows, `tokens` [B] of them real (position -1: padding), into a cache: logits [B, L, V].
+        """Read S >= 1 rows, `tokens` [B] of them real (position -1: padding), into a cache: logits
+        [B, L, V].
 
         Programs take two rows or more: a single one gets padding beside it.
         """
@@ -138,8 +169,12 @@ class Executor:
             position_ids = torch.cat((torch.full_like(position_ids, -1), position_ids), 1)
             logits_index = logits_index + 1
         extra = [self._tokens(state)] if program == "prefill" and state.plan.selects else []
-        logits = self.programs[program](input_ids, position_ids, logits_index, *extra, *state.tensors())[0]
-        state.next_position = torch.maximum(state.next_position, position_ids.amax(1, keepdim=True) + 1)
+        logits = self.programs[program](
+            input_ids, position_ids, logits_index, *extra, *state.tensors()
+        )[0]
+        state.next_position = torch.maximum(
+            state.next_position, position_ids.amax(1, keepdim=True) + 1
+        )
         self._compact(state)
         return logits
 

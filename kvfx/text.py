@@ -24,13 +24,19 @@ DTYPES = {
     torch.uint8: "u8",
     torch.bool: "bool",
 }
-AXES = {"input_ids": ("B", "S"), "position_ids": ("B", "S"), "logits_index": ("L",), "prompt_tokens": ("B",)}
+AXES = {
+    "input_ids": ("B", "S"),
+    "position_ids": ("B", "S"),
+    "logits_index": ("L",),
+    "prompt_tokens": ("B",),
+}
 
 
 def canonical_text(graph: Graph) -> str:
     """One line per node: number, value, op with its overload, operands, and where it comes from.
 
-    Weights are written by name where they are used; numbers do not depend on the names that capture chose.
+    Weights are written by name where they are used; numbers do not depend on the names that capture
+    chose.
     """
     names: dict[fx.Node, str] = {}
     axes = _axis_names(graph)
@@ -48,14 +54,21 @@ def canonical_text(graph: Graph) -> str:
 
 
 def diff(before: str, after: str, *, before_name: str = "before", after_name: str = "after") -> str:
-    """The unified diff of two canonical texts, with node numbers taken out so that only real changes show."""
+    """The unified diff of two canonical texts, with node numbers taken out so that only real
+    changes show.
+    """
     old, new = ([_unnumbered(line) for line in text.splitlines()] for text in (before, after))
     return "\n".join(difflib.unified_diff(old, new, before_name, after_name, lineterm="", n=2))
 
 
 def _unnumbered(line: str) -> str:
     words = line.split("%")
-    return "%".join([words[0], *(word.lstrip("0123456789") if word[:1].isdigit() else word for word in words[1:])])
+    return "%".join(
+        [
+            words[0],
+            *(word.lstrip("0123456789") if word[:1].isdigit() else word for word in words[1:]),
+        ]
+    )
 
 
 def _axis_names(graph: Graph) -> dict[str, str]:
@@ -65,7 +78,9 @@ def _axis_names(graph: Graph) -> dict[str, str]:
         if node.op != "placeholder" or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
         shape = node.meta["val"].shape
-        for size, letter in zip(shape, AXES.get(str(node.target), ("B",) + ("C",) * (len(shape) - 1)), strict=False):
+        for size, letter in zip(
+            shape, AXES.get(str(node.target), ("B",) + ("C",) * (len(shape) - 1)), strict=False
+        ):
             if isinstance(size, torch.SymInt):
                 letters.setdefault(str(size), letter)
     return letters

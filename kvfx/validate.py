@@ -1,4 +1,6 @@
-"""Translation validation: the rewritten programs compute what the model computes, site by site, or nothing is returned."""
+"""Translation validation: the rewritten programs compute what the model computes, site by site, or
+nothing is returned.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,24 @@ BATCH = 2
 
 
 def validate(captured: Graph, raised: Graph) -> None:
-    """Raise a VerificationError naming the first differing site unless the programs under `Full()` equal the capture.
+    """Raise a VerificationError naming the first differing site unless the programs under `Full()`
+    equal the capture.
 
-    Random tokens go through the capture in one pass, and through prefill, extend and decode in three pieces. What
-    each attention returns, and the logits, may differ by rounding: by the square root of the dtype's epsilon,
-    relative to the largest value.
+    Random tokens go through the capture in one pass, and through prefill, extend and decode in
+    three pieces. What each attention returns, and the logits, may differ by rounding: by the square
+    root of the dtype's epsilon, relative to the largest value.
     """
     plan = make_plan(Full(), raised.sites)
     target = Target("reference", inductor_cpu=False)
     programs = {
-        name: _Recorder(run_passes(raised.copy(), program_passes(name, plan, target), None).module, None)
+        name: _Recorder(
+            run_passes(raised.copy(), program_passes(name, plan, target), None).module, None
+        )
         for name, _ in PIECES
     }
-    model = _Recorder(captured.module, {node: site for site, node in attention_roots(captured).items()})
+    model = _Recorder(
+        captured.module, {node: site for site, node in attention_roots(captured).items()}
+    )
     input_ids, positions = _tokens(captured)
     every = torch.arange(ROWS, device=input_ids.device)
     with torch.no_grad():
@@ -48,10 +55,16 @@ def validate(captured: Graph, raised: Graph) -> None:
                 logits = executor.decode(state, input_ids[:, here])
             else:
                 tokens = [rows] * BATCH
-                logits = executor.prompt(state, input_ids[:, here], positions[:, here], every[:rows], tokens)
+                logits = executor.prompt(
+                    state, input_ids[:, here], positions[:, here], every[:rows], tokens
+                )
             for site in plan.sites:
                 found = programs[name].outputs[site.site.name]
-                _compare(found, model.outputs[site.site.name][:, :, here], f"{site.site.name}: the {name} program")
+                _compare(
+                    found,
+                    model.outputs[site.site.name][:, :, here],
+                    f"{site.site.name}: the {name} program",
+                )
             _compare(logits, expected[:, here], f"the logits of the {name} program")
             start += rows
 
@@ -87,7 +100,9 @@ def _attends(module: fx.GraphModule) -> dict[fx.Node, str]:
 def _tokens(captured: Graph) -> tuple[Tensor, Tensor]:
     """Random tokens [B, S] that the embedding knows, and their positions."""
     device = captured.input("input_ids").meta["val"].device
-    rows = min(parameter.shape[0] for parameter in captured.module.parameters() if parameter.dim() == 2)
+    rows = min(
+        parameter.shape[0] for parameter in captured.module.parameters() if parameter.dim() == 2
+    )
     ids = torch.randint(0, rows, (BATCH, ROWS), generator=torch.Generator().manual_seed(0))
     return ids.to(device), torch.arange(ROWS, device=device).expand(BATCH, ROWS).contiguous()
 

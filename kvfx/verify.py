@@ -53,29 +53,47 @@ def _is_stamped(node: fx.Node) -> bool:
 
 CAPTURED: tuple[Row, ...] = (
     (lambda node: node.op == "placeholder", _has_value, "an input has no fake value"),
-    (lambda node: node.op == "call_method", _never, "a method call is left: capture gives functions only"),
+    (
+        lambda node: node.op == "call_method",
+        _never,
+        "a method call is left: capture gives functions only",
+    ),
 )
 CANONICAL: tuple[Row, ...] = (
     *CAPTURED,
     (_is_assert, _never, "an assertion is left: it would keep dead code alive"),
-    (lambda node: node.op == "call_module", _never, "a sub-module call is left: it must be inlined"),
+    (
+        lambda node: node.op == "call_module",
+        _never,
+        "a sub-module call is left: it must be inlined",
+    ),
 )
 STAMPED: tuple[Row, ...] = (
     (_is_kvfx, _is_stamped, "a kvfx node has no stamp: create it through kvfx.graph.call"),
     (_is_kvfx, _has_value, "a kvfx node has no fake value: create it through kvfx.graph.call"),
 )
-ABSTRACT: tuple[Row, ...] = ((_is_kvfx, _is_abstract, "a backend is named before select-backend ran"),)
+ABSTRACT: tuple[Row, ...] = (
+    (_is_kvfx, _is_abstract, "a backend is named before select-backend ran"),
+)
 RAISED: tuple[Row, ...] = (*CANONICAL, *STAMPED, *ABSTRACT)
 CACHED: tuple[Row, ...] = (
     *CANONICAL,
     *STAMPED,
     *ABSTRACT,
-    (_is_named("attention"), _never, "an attention node has no cache: insert-cache must rewrite every site"),
+    (
+        _is_named("attention"),
+        _never,
+        "an attention node has no cache: insert-cache must rewrite every site",
+    ),
 )
 LOWERED: tuple[Row, ...] = (
     *STAMPED,
     (_is_kvfx, _names_backend, "a kvfx op names no backend"),
-    (_is_named("attention"), _never, "an attention node has no cache: insert-cache must rewrite every site"),
+    (
+        _is_named("attention"),
+        _never,
+        "an attention node has no cache: insert-cache must rewrite every site",
+    ),
 )
 LEVELS: dict[Level, tuple[Row, ...]] = {
     Level.CAPTURED: CAPTURED,
@@ -87,12 +105,16 @@ LEVELS: dict[Level, tuple[Row, ...]] = {
 
 
 def verify(graph: Graph, *, after: str) -> None:
-    """Raise a VerificationError naming the pass, the node and the rule unless `graph` keeps its level's promises."""
+    """Raise a VerificationError naming the pass, the node and the rule unless `graph` keeps its
+    level's promises.
+    """
     graph.module.graph.lint()
     for node in graph.nodes:
         for applies, holds, message in LEVELS[graph.level]:
             if applies(node) and not holds(node):
-                raise VerificationError(f"after {after} ({graph.level.value}): {message}\n  at {node.format_node()}")
+                raise VerificationError(
+                    f"after {after} ({graph.level.value}): {message}\n  at {node.format_node()}"
+                )
     if graph.level is Level.RAISED:
         _verify_masks(graph, after)
     if graph.level is Level.CACHED:
@@ -100,12 +122,16 @@ def verify(graph: Graph, *, after: str) -> None:
 
 
 def _verify_masks(graph: Graph, after: str) -> None:
-    """Every raised attention that was understood decides visibility from positions, not from a mask tensor."""
+    """Every raised attention that was understood decides visibility from positions, not from a mask
+    tensor.
+    """
     sites = {site.name for site in graph.sites}
     for node in graph.calls(torch.ops.kvfx.attention.default):
         mark = origin(node)
         if mark is not None and mark.site in sites and node.args[3] is not None:
-            raise VerificationError(f"after {after}: {mark.site} still has a mask tensor at {node.format_node()}")
+            raise VerificationError(
+                f"after {after}: {mark.site} still has a mask tensor at {node.format_node()}"
+            )
 
 
 def _verify_buffers(graph: Graph, after: str) -> None:
@@ -115,4 +141,6 @@ def _verify_buffers(graph: Graph, after: str) -> None:
             continue
         users = {mark.site for user in node.users if (mark := origin(user)) is not None}
         if len(users) > 1:
-            raise VerificationError(f"after {after}: buffer {node.target} is shared by {', '.join(sorted(users))}")
+            raise VerificationError(
+                f"after {after}: buffer {node.target} is shared by {', '.join(sorted(users))}"
+            )

@@ -14,14 +14,21 @@ from kvfx.pass_manager import Pass, Statistics
 
 aten = torch.ops.aten
 END = torch.iinfo(torch.int64).max
-CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "_guards_fn")
+CHECKS = (
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "_assert_async",
+    "sym_constrain_range",
+    "_guards_fn",
+)
 
 
 @dataclass(frozen=True)
 class Canonicalize(Pass):
     """Inline sub-modules, erase assertions, and drop every op that returns its operand unchanged.
 
-    Before:  wrap_with_set_grad_enabled(False, sub, x);  _assert_tensor_metadata(x);  to(slice(x, 0, 0, end), f32)
+    Before:  wrap_with_set_grad_enabled(False, sub, x);  _assert_tensor_metadata(x);  to(slice(x, 0,
+    0, end), f32)
     After:   x
     """
 
@@ -36,7 +43,9 @@ class Canonicalize(Pass):
                 _inline(graph, node)
                 stats.hit("inline")
         for node in graph.nodes:
-            if node.op in ("call_function", "call_module") and any(check in str(node.target) for check in CHECKS):
+            if node.op in ("call_function", "call_module") and any(
+                check in str(node.target) for check in CHECKS
+            ):
                 graph.module.graph.erase_node(node)
                 stats.hit("erase-check")
         for node in graph.nodes:
@@ -49,7 +58,9 @@ class Canonicalize(Pass):
 
 def _wrapped_module(graph: Graph, node: fx.Node) -> fx.GraphModule | None:
     """The sub-module that a `wrap_with_*` node runs, or None."""
-    if node.op != "call_function" or not getattr(node.target, "__name__", "").startswith("wrap_with_"):
+    if node.op != "call_function" or not getattr(node.target, "__name__", "").startswith(
+        "wrap_with_"
+    ):
         return None
     inner = next(arg for arg in node.args if isinstance(arg, fx.Node) and arg.op == "get_attr")
     module = getattr(graph.module, str(inner.target))
@@ -57,10 +68,14 @@ def _wrapped_module(graph: Graph, node: fx.Node) -> fx.GraphModule | None:
 
 
 def _inline(graph: Graph, node: fx.Node) -> None:
-    """Put the body of a wrapped sub-module in the place of its call; its `getitem` users take the outputs."""
+    """Put the body of a wrapped sub-module in the place of its call; its `getitem` users take the
+    outputs.
+    """
     module = _wrapped_module(graph, node)
     assert module is not None
-    first = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
+    first = next(
+        i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr"
+    )
     operands = iter(node.args[first + 1 :])
     copied: dict[fx.Node, object] = {}
     with graph.module.graph.inserting_before(node):

@@ -1,4 +1,6 @@
-"""The pass that introduces the KV cache: each attention becomes its plan's ops on explicit buffers, per program."""
+"""The pass that introduces the KV cache: each attention becomes its plan's ops on explicit buffers,
+per program.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,12 @@ class InsertCache(Pass):
     """Rewrite each attention into the ops of one program, on the buffers of its site.
 
     Before:   o = kvfx.attention(q, k, v, None, position_ids)
-    prefill:  o = kvfx.attend_prompt(q, k, v, position_ids);  score, select;  kvfx.store(k, v, keep, *buffers)
+    prefill:  o = kvfx.attend_prompt(q, k, v, position_ids);  score, select;  kvfx.store(k, v, keep,
+    *buffers)
     extend:   o = kvfx.extend(q, k, v, position_ids, *buffers);  kvfx.store(k, v, live, *buffers)
     decode:   kvfx.append(k, v, live, *buffers);  o = kvfx.attend(q, position_ids, *buffers)
-    compact:  (the model is gone)  kvfx.flush(*buffers)   or   load, score, select, zero the counters, store
+    compact:  (the model is gone)  kvfx.flush(*buffers)   or   load, score, select, zero the
+    counters, store
     """
 
     plan: Plan
@@ -42,12 +46,18 @@ class InsertCache(Pass):
     def run(self, graph: Graph, stats: Statistics) -> None:
         """Add the buffers as inputs and rewrite every site."""
         graph.program = self.program
-        attentions = {origin(node).site: node for node in graph.calls(torch.ops.kvfx.attention.default)}
+        attentions = {
+            origin(node).site: node for node in graph.calls(torch.ops.kvfx.attention.default)
+        }
         if self.program == "compact":
             _drop_model(graph)
         else:
             _hide_padding(graph)
-        tokens = _tokens_input(graph) if self.plan.selects and self.program in ("prefill", "compact") else None
+        tokens = (
+            _tokens_input(graph)
+            if self.plan.selects and self.program in ("prefill", "compact")
+            else None
+        )
         for site in self.plan.sites:
             emit = _Emitter(graph, site, _buffer_inputs(graph, site), tokens, self.name)
             if self.program == "compact":
@@ -90,7 +100,13 @@ class _Emitter:
     def room(self, verb: str, *rows: Argument, **attributes: Argument) -> fx.Node:
         """One op of the store's room: rows, then the buffers, then the store's attributes."""
         store = self.plan.store
-        return self.op(f"{verb}_{store.room}", *rows, *self.buffers, **attributes, **store.attributes(self.plan.site))
+        return self.op(
+            f"{verb}_{store.room}",
+            *rows,
+            *self.buffers,
+            **attributes,
+            **store.attributes(self.plan.site),
+        )
 
     def rows(self, keep: fx.Node) -> fx.Node:
         """What tells the store which rows to write."""
@@ -137,7 +153,9 @@ def _compact(emit: _Emitter) -> None:
     k, v, live = (call(emit.graph, _getitem, (loaded, index), emit.mark) for index in range(3))
     keep = _select(emit, None, k, v, live)
     k = _at_entries(emit, k, keep, None, None)
-    for node, buffer in zip(emit.buffers, emit.plan.store.buffers(emit.plan.site).values(), strict=True):
+    for node, buffer in zip(
+        emit.buffers, emit.plan.store.buffers(emit.plan.site).values(), strict=True
+    ):
         if buffer.counter:
             call(emit.graph, aten.zero_.default, (node,), emit.mark)
     emit.room("store", k, v, keep)
@@ -155,7 +173,9 @@ def _select(emit: _Emitter, q: fx.Node | None, k: fx.Node, v: fx.Node, live: fx.
     select, site = emit.plan.select, emit.plan.site
     if select is None:
         return live
-    fraction, entries = (1.0, select.budget) if isinstance(select.budget, int) else (select.budget, 0)
+    fraction, entries = (
+        (1.0, select.budget) if isinstance(select.budget, int) else (select.budget, 0)
+    )
     count = emit.op(
         "allocate_uniform",
         emit.tokens,
@@ -173,7 +193,9 @@ def _select(emit: _Emitter, q: fx.Node | None, k: fx.Node, v: fx.Node, live: fx.
 def _at_entries(
     emit: _Emitter, x: fx.Node, keep: fx.Node, position_ids: fx.Node | None, length: fx.Node | None
 ) -> fx.Node:
-    """Queries or keys rotated from their position to the index of their entry, if the select policy wants that."""
+    """Queries or keys rotated from their position to the index of their entry, if the select policy
+    wants that.
+    """
     select, rope = emit.plan.select, emit.plan.site.rope
     if select is None or select.positions == "absolute":
         return x
@@ -181,7 +203,9 @@ def _at_entries(
     name = f"frequencies_{emit.plan.site.index}"
     if not hasattr(emit.graph.module, name):
         device = x.meta["val"].device
-        emit.graph.module.register_buffer(name, torch.tensor(rope.frequencies, dtype=torch.float32, device=device))
+        emit.graph.module.register_buffer(
+            name, torch.tensor(rope.frequencies, dtype=torch.float32, device=device)
+        )
     frequencies = emit.graph.module.graph.get_attr(name)
     mode = fake_mode(x.meta["val"])
     assert mode is not None
@@ -195,13 +219,26 @@ def _getitem(values: tuple[object, ...], index: int) -> object:
 
 
 def _hide_padding(graph: Graph) -> None:
-    """The model sees position 0 where kvfx sees -1: embeddings and rotations have no entry for padding."""
+    """The model sees position 0 where kvfx sees -1: embeddings and rotations have no entry for
+    padding.
+    """
     position_ids = graph.input("position_ids")
-    users = [user for user in position_ids.users if origin(user) is None and user.target is not aten.sym_size.int]
+    users = [
+        user
+        for user in position_ids.users
+        if origin(user) is None and user.target is not aten.sym_size.int
+    ]
     if not users:
         return
-    with graph.module.graph.inserting_before(next(node for node in graph.nodes if node.op == "call_function")):
-        clamped = call(graph, aten.clamp_min.default, (position_ids, 0), Stamp("", "hide-padding", InsertCache.name))
+    with graph.module.graph.inserting_before(
+        next(node for node in graph.nodes if node.op == "call_function")
+    ):
+        clamped = call(
+            graph,
+            aten.clamp_min.default,
+            (position_ids, 0),
+            Stamp("", "hide-padding", InsertCache.name),
+        )
     for user in users:
         user.replace_input_with(position_ids, clamped)
 

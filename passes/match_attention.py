@@ -1,4 +1,6 @@
-"""The pass that raises every attention computation to one op, and the peelers that read its operands."""
+"""The pass that raises every attention computation to one op, and the peelers that read its
+operands.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,20 @@ from kvfx.provenance import Stamp
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
-SDPA_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+SDPA_DEFAULTS = {
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+}
 
 
 @dataclass(frozen=True)
 class AttentionOperands:
-    """What `kvfx.attention` takes: K and V at their own heads, before they are repeated for grouped queries."""
+    """What `kvfx.attention` takes: K and V at their own heads, before they are repeated for grouped
+    queries.
+    """
 
     q: fx.Node
     k: fx.Node
@@ -45,7 +55,9 @@ class MatchAttention(Pass):
     produces: ClassVar[Level] = Level.CANONICAL
 
     def run(self, graph: Graph, stats: Statistics) -> None:
-        """Match every SDPA root; a root that does not match is recorded in `graph.missed` under its site."""
+        """Match every SDPA root; a root that does not match is recorded in `graph.missed` under its
+        site.
+        """
         roots = attention_roots(graph)
         if not roots:
             raise CaptureError(
@@ -101,7 +113,9 @@ def match_sdpa(root: fx.Node) -> AttentionOperands | Miss:
     if k_repeat == 1 and args["enable_gqa"]:
         k_repeat = heads // kv_heads
     if heads != kv_heads * k_repeat:
-        return Miss(f"{heads} query heads do not divide into {kv_heads} KV heads repeated {k_repeat} times")
+        return Miss(
+            f"{heads} query heads do not divide into {kv_heads} KV heads repeated {k_repeat} times"
+        )
     scale = args["scale"]
     if scale is None:
         scale = 1.0 / math.sqrt(q.meta["val"].shape[-1])

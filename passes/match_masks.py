@@ -48,7 +48,9 @@ class MatchMasks(Pass):
     produces: ClassVar[Level] = Level.CANONICAL
 
     def run(self, graph: Graph, stats: Statistics) -> None:
-        """Prove each distinct mask once; sites with an unproven mask keep it and are recorded as missed."""
+        """Prove each distinct mask once; sites with an unproven mask keep it and are recorded as
+        missed.
+        """
         proven: dict[fx.Node | None, Mask | Miss] = {None: Causal()}
         for node in graph.calls(torch.ops.kvfx.attention.default):
             q, k, v, mask, _ = node.args
@@ -74,7 +76,9 @@ class MatchMasks(Pass):
 
 
 def prove_mask(graph: Graph, mask: fx.Node) -> Mask | Miss:
-    """Evaluate the mask's own sub-graph at two lengths beyond every constant in it, and name the family it belongs to."""
+    """Evaluate the mask's own sub-graph at two lengths beyond every constant in it, and name the
+    family it belongs to.
+    """
     input_ids, position_ids = graph.input("input_ids"), graph.input("position_ids")
     nodes = ancestors([mask])
     if any(user in nodes and user.target not in SIZES for user in input_ids.users):
@@ -85,16 +89,22 @@ def prove_mask(graph: Graph, mask: fx.Node) -> Mask | Miss:
     if long:
         return _prove_scaled(graph, mask, long)
     probe = extract(graph.module, [mask], [input_ids, position_ids])
-    return _prove_by_value(graph, probe, mask, max((SHORTEST, *_constants(nodes), *_short_windows(graph))))
+    return _prove_by_value(
+        graph, probe, mask, max((SHORTEST, *_constants(nodes), *_short_windows(graph)))
+    )
 
 
 def _prove_scaled(graph: Graph, mask: fx.Node, long: list[int]) -> Mask | Miss:
-    """Prove a mask whose only long constant is W: with two small values in its place it must be a window of each."""
+    """Prove a mask whose only long constant is W: with two small values in its place it must be a
+    window of each.
+    """
     if len(long) > 1:
         return Miss(f"the mask has several constants beyond {LONGEST}: {', '.join(map(str, long))}")
     facts = []
     for small in (29, 43):
-        probe = extract(graph.module, [mask], [graph.input("input_ids"), graph.input("position_ids")])
+        probe = extract(
+            graph.module, [mask], [graph.input("input_ids"), graph.input("position_ids")]
+        )
         for node in probe.graph.nodes:
             if node.target in COMPARISONS:
                 node.args = tuple(_scaled(arg, long[0], small) for arg in node.args)
@@ -113,7 +123,9 @@ def _prove_scaled(graph: Graph, mask: fx.Node, long: list[int]) -> Mask | Miss:
 def _prove_by_value(graph: Graph, probe: fx.GraphModule, mask: fx.Node, beyond: int) -> Mask | Miss:
     """The one family that the probe agrees with at two lengths past `beyond`."""
     device = graph.input("input_ids").meta["val"].device
-    facts = [_fit(_seen(_evaluate(probe, rows, device)), rows) for rows in (beyond + 13, beyond + 24)]
+    facts = [
+        _fit(_seen(_evaluate(probe, rows, device)), rows) for rows in (beyond + 13, beyond + 24)
+    ]
     for fact in facts:
         if isinstance(fact, Miss):
             return Miss(f"{fact.reason} (mask {mask.name})")

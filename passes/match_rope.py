@@ -46,8 +46,9 @@ PROBES = (0, 3, 17, 1000, 4097)
 class MatchRope(Pass):
     """Learn each site's rotary embedding: pairing, width and frequencies; the graph stays as it is.
 
-    What lies between the key and the nearest single tensor before it (`pre`) is run on unit vectors. If it turns them
-    like R(position * frequency) at every probed position, for queries and keys alike, it is a rotary embedding.
+    What lies between the key and the nearest single tensor before it (`pre`) is run on unit
+    vectors. If it turns them like R(position * frequency) at every probed position, for queries and
+    keys alike, it is a rotary embedding.
 
     Before:  k = pre * cos + rotate_half(pre) * sin
     After:   the same graph; site.rope = Rope("half", frequencies)
@@ -120,8 +121,12 @@ def _same_rope(
     return query if isinstance(query, Miss) else key
 
 
-def peel_rotation(node: fx.Node, by_positions: set[fx.Node], by_tokens: set[fx.Node]) -> fx.Node | Miss:
-    """The nearest single tensor [B, K, S, D] that `node` is computed from by arithmetic with tensors of positions alone."""
+def peel_rotation(
+    node: fx.Node, by_positions: set[fx.Node], by_tokens: set[fx.Node]
+) -> fx.Node | Miss:
+    """The nearest single tensor [B, K, S, D] that `node` is computed from by arithmetic with
+    tensors of positions alone.
+    """
     order = {other: index for index, other in enumerate(node.graph.nodes)}
     frontier, mixed = {node}, False
     while not (mixed and len(frontier) == 1):
@@ -133,22 +138,32 @@ def peel_rotation(node: fx.Node, by_positions: set[fx.Node], by_tokens: set[fx.N
         frontier.update(operand for operand in inputs if operand in by_tokens)
         mixed = mixed or any(operand in by_positions for operand in inputs)
     pre = frontier.pop()
-    return pre if pre.meta["val"].dim() == 4 else Miss(f"rotated before the heads are split, at {pre.name}")
+    return (
+        pre
+        if pre.meta["val"].dim() == 4
+        else Miss(f"rotated before the heads are split, at {pre.name}")
+    )
 
 
 def _dependents(graph: Graph, source: fx.Node) -> set[fx.Node]:
     """Every node whose value depends on the values of `source` (its shape alone does not count)."""
     found = {source}
     for node in graph.nodes:
-        if node.target is not aten.sym_size.int and any(operand in found for operand in node.all_input_nodes):
+        if node.target is not aten.sym_size.int and any(
+            operand in found for operand in node.all_input_nodes
+        ):
             found.add(node)
     return found
 
 
 def _structure(node: fx.Node, pre: fx.Node, by_tokens: set[fx.Node]) -> tuple[object, ...]:
-    """What decides the rotation from `pre` to `node`: its ops, and the very nodes that carry positions."""
+    """What decides the rotation from `pre` to `node`: its ops, and the very nodes that carry
+    positions.
+    """
     inside = ancestors([node], stop=[pre])
-    rows: list[object] = [int(size) for size in pre.meta["val"].shape[1:2] + pre.meta["val"].shape[3:]]
+    rows: list[object] = [
+        int(size) for size in pre.meta["val"].shape[1:2] + pre.meta["val"].shape[3:]
+    ]
     local = {pre: "pre"}
     for other in node.graph.nodes:
         if other in inside and other in by_tokens and other is not pre:
@@ -167,12 +182,18 @@ def _position_name(node: fx.Node) -> str:
 
 def _prove(graph: Graph, node: fx.Node, pre: fx.Node) -> Rope | Miss:
     """Run the path from `pre` to `node` on unit vectors and fit a rotation to what comes out."""
-    probe = extract(graph.module, [node], [pre, graph.input("position_ids"), graph.input("input_ids")])
+    probe = extract(
+        graph.module, [node], [pre, graph.input("position_ids"), graph.input("input_ids")]
+    )
     for other in probe.graph.nodes:
         if other.target in (aten.to.dtype, aten._to_copy.default) and _is_low_precision(other):
             other.replace_all_uses_with(other.args[0])
     probe.recompile()
-    kv_heads, width, device = pre.meta["val"].shape[1], pre.meta["val"].shape[3], pre.meta["val"].device
+    kv_heads, width, device = (
+        pre.meta["val"].shape[1],
+        pre.meta["val"].shape[3],
+        pre.meta["val"].device,
+    )
     unit = torch.eye(width, device=device).expand(1, int(kv_heads), width, width)
 
     def matrix(position: int) -> Tensor:
@@ -192,13 +213,19 @@ def _is_low_precision(node: fx.Node) -> bool:
 
 
 def fit_rotation(matrix: Callable[[int], Tensor]) -> Rope | Miss:
-    """The rotary embedding whose matrix at each probed position is `matrix(position)` [D, D], row i the image of e_i.
+    """The rotary embedding whose matrix at each probed position is `matrix(position)` [D, D], row i
+    the image of e_i.
 
-    Frequencies come from the angle at position 1, refined at doubled positions; the fit is then checked at `PROBES`.
-    A constant factor (YaRN's attention scaling) is allowed: shifting a key never applies it again.
+    Frequencies come from the angle at position 1, refined at doubled positions; the fit is then
+    checked at `PROBES`. A constant factor (YaRN's attention scaling) is allowed: shifting a key
+    never applies it again.
     """
     one = matrix(1)
-    turned = [index for index in range(len(one)) if not torch.equal(matrix(1000)[index], torch.eye(len(one)).double()[index])]
+    turned = [
+        index
+        for index in range(len(one))
+        if not torch.equal(matrix(1000)[index], torch.eye(len(one)).double()[index])
+    ]
     if not turned:
         return Miss("the key is not rotated")
     width = turned[-1] + 1

@@ -1,4 +1,6 @@
-"""The pass that makes equal layers share one region, so that one layer is compiled and called once per layer."""
+"""The pass that makes equal layers share one region, so that one layer is compiled and called once
+per layer.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,11 @@ PRELUDE, EPILOGUE = "prelude", "epilogue"
 
 @dataclass(frozen=True)
 class OutlineLayers(Pass):
-    """Move each layer, what comes before the layers and what comes after them into regions; equal layers share one.
+    """Move each layer, what comes before the layers and what comes after them into regions; equal
+    layers share one.
 
-    Weights and buffers become inputs of a region. A layer that is entangled with others (something outside of it is
-    both computed from it and used by it) leaves the whole graph as it is.
+    Weights and buffers become inputs of a region. A layer that is entangled with others (something
+    outside of it is both computed from it and used by it) leaves the whole graph as it is.
 
     Before:  x1 = <40 nodes>(x0, @w0, %k0);  x2 = <40 nodes>(x1, @w1, %k1)
     After:   x1 = layer_0(x0, @w0, %k0);     x2 = layer_0(x1, @w1, %k1)
@@ -35,7 +38,9 @@ class OutlineLayers(Pass):
     produces: ClassVar[Level] = Level.LOWERED
 
     def run(self, graph: Graph, stats: Statistics) -> None:
-        """Group the nodes, check that every group can run as one call, and rebuild the graph from the calls."""
+        """Group the nodes, check that every group can run as one call, and rebuild the graph from
+        the calls.
+        """
         groups = _groups(graph)
         order = _order(graph, groups)
         entangled = _entangled(order, groups)
@@ -58,11 +63,17 @@ def _groups(graph: Graph) -> dict[fx.Node, str]:
 
 def _is_body(node: fx.Node) -> bool:
     """Whether a node computes tensors (sizes and weights stay outside, they are inputs of regions)."""
-    return node.op == "call_function" and node.target is not aten.sym_size.int and node.target is not aten.sym_size.default
+    return (
+        node.op == "call_function"
+        and node.target is not aten.sym_size.int
+        and node.target is not aten.sym_size.default
+    )
 
 
 def _layer(node: fx.Node) -> str:
-    """The path of the layer that a node belongs to, "" for none: up to the first number in its module path."""
+    """The path of the layer that a node belongs to, "" for none: up to the first number in its
+    module path.
+    """
     mark = origin(node)
     path = mark.site if mark is not None else module_path(node).removeprefix("model.")
     found = LAYER.match(path)
@@ -84,7 +95,9 @@ def _order(graph: Graph, groups: dict[fx.Node, str]) -> list[fx.Node]:
     def rank(node: fx.Node) -> int:
         if node.op in ("placeholder", "get_attr"):
             return 0
-        if node not in groups and all(operand.op == "placeholder" for operand in node.all_input_nodes):
+        if node not in groups and all(
+            operand.op == "placeholder" for operand in node.all_input_nodes
+        ):
             return 1
         return {PRELUDE: 2, EPILOGUE: 4}.get(groups.get(node, ""), 5 if node.op == "output" else 3)
 
@@ -92,15 +105,23 @@ def _order(graph: Graph, groups: dict[fx.Node, str]) -> list[fx.Node]:
 
 
 def _entangled(order: list[fx.Node], groups: dict[fx.Node, str]) -> Miss | None:
-    """Why the groups cannot run one after the other: a node needs a group that is not complete yet. None if they can."""
+    """Why the groups cannot run one after the other: a node needs a group that is not complete yet.
+    None if they can.
+    """
     place = {node: index for index, node in enumerate(order)}
-    complete = {group: place[node] for node, group in sorted(groups.items(), key=lambda item: place[item[0]])}
+    complete = {
+        group: place[node]
+        for node, group in sorted(groups.items(), key=lambda item: place[item[0]])
+    }
     for node in order:
         runs = complete.get(groups.get(node, ""), place[node])
         for operand in node.all_input_nodes:
             group = groups.get(operand)
             if group != groups.get(node) and complete.get(group or "", place[operand]) > runs:
-                return Miss(f"{node.name} needs {operand.name} before it is there", groups.get(node, group or ""))
+                return Miss(
+                    f"{node.name} needs {operand.name} before it is there",
+                    groups.get(node, group or ""),
+                )
     return None
 
 
@@ -125,7 +146,11 @@ def _rebuild(
         inputs, outputs = _boundary(members[group])
         key = _structure(members[group], inputs)
         if key not in shared:
-            name = group if group in (PRELUDE, EPILOGUE) else f"layer_{len(regions) - (PRELUDE in regions)}"
+            name = (
+                group
+                if group in (PRELUDE, EPILOGUE)
+                else f"layer_{len(regions) - (PRELUDE in regions)}"
+            )
             shared[key] = name
             regions[name] = _region(graph.module, members[group], inputs, outputs)
         stats.hit(shared[key])
@@ -144,7 +169,9 @@ def _item(values: tuple[object, ...], index: int) -> object:
 def _boundary(nodes: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     """What a region reads from outside, in order of first use, and what it gives to the outside."""
     inside = set(nodes)
-    inputs = dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand not in inside)
+    inputs = dict.fromkeys(
+        operand for node in nodes for operand in node.all_input_nodes if operand not in inside
+    )
     outputs = [node for node in nodes if any(user not in inside for user in node.users)]
     return list(inputs), outputs
 
@@ -164,7 +191,9 @@ def _region(
 
 
 def _structure(nodes: list[fx.Node], inputs: list[fx.Node]) -> tuple[object, ...]:
-    """Equal for two regions exactly when one module can run both: same ops, constants, wiring and input shapes."""
+    """Equal for two regions exactly when one module can run both: same ops, constants, wiring and
+    input shapes.
+    """
     names: dict[fx.Node, str] = {operand: f"input_{index}" for index, operand in enumerate(inputs)}
     rows: list[object] = [_shape(operand.meta.get("val")) for operand in inputs]
     for index, node in enumerate(nodes):
@@ -188,4 +217,6 @@ def _shape(value: object) -> object:
     """The static part of an input's type; sizes known only at run time are equal to each other."""
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
-    return value.dtype, tuple("*" if isinstance(size, torch.SymInt) else size for size in value.shape)
+    return value.dtype, tuple(
+        "*" if isinstance(size, torch.SymInt) else size for size in value.shape
+    )

@@ -21,7 +21,9 @@ PROGRAMS = ("prefill", "extend", "decode", "compact")
 
 @dataclass(frozen=True)
 class Target:
-    """What programs are compiled for: the backend of the ops, and whether Inductor compiles for a CPU."""
+    """What programs are compiled for: the backend of the ops, and whether Inductor compiles for a
+    CPU.
+    """
 
     backend: str
     inductor_cpu: bool
@@ -56,5 +58,7 @@ def program_passes(program: str, plan: Plan, target: Target) -> tuple[Pass, ...]
 
 
 def outline_passes() -> tuple[Pass, ...]:
-    """LOWERED to LOWERED: equal layers share one region, which is compiled once and called once per layer."""
+    """LOWERED to LOWERED: equal layers share one region, which is compiled once and called once per
+    layer.
+    """
     return (OutlineLayers(),)

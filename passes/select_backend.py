@@ -14,7 +14,8 @@ from kvfx.provenance import origin
 
 @dataclass(frozen=True)
 class SelectBackend(Pass):
-    """Set the overload of each kvfx op to a backend; one that cannot run is an error, never a fallback.
+    """Set the overload of each kvfx op to a backend; one that cannot run is an error, never a
+    fallback.
 
     Before:  kvfx.attend_dense(q, ...)
     After:   kvfx.attend_dense.reference(q, ...)

@@ -19,7 +19,8 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class SpecializeRows(Pass):
-    """Let the program read exactly `rows` tokens per call: every size that counted rows becomes a constant.
+    """Let the program read exactly `rows` tokens per call: every size that counted rows becomes a
+    constant.
 
     Before:  s = sym_size(input_ids, 1);  y = view(x, [b, s, -1, 64])
     After:   y = view(x, [b, 1, -1, 64])
@@ -32,7 +33,10 @@ class SpecializeRows(Pass):
 
     def run(self, graph: Graph, stats: Statistics) -> None:
         """Replace what counts rows by the constant, in the graph and in the shapes of its values."""
-        symbols = (graph.input("input_ids").meta["val"].shape[1], graph.input("logits_index").meta["val"].shape[0])
+        symbols = (
+            graph.input("input_ids").meta["val"].shape[1],
+            graph.input("logits_index").meta["val"].shape[0],
+        )
         rows = {symbol.node.expr: self.rows for symbol in symbols}
         for name in ("input_ids", "position_ids"):
             for user in list(graph.input(name).users):
@@ -42,18 +46,26 @@ class SpecializeRows(Pass):
                     stats.hit("row-count")
         for node in graph.nodes:
             if "val" in node.meta:
-                node.meta["val"] = pytree.tree_map_only(Tensor, lambda value: _narrowed(value, rows), node.meta["val"])
+                node.meta["val"] = pytree.tree_map_only(
+                    Tensor, lambda value: _narrowed(value, rows), node.meta["val"]
+                )
 
 
 def _narrowed(value: Tensor, rows: Mapping[sympy.Expr, int]) -> Tensor:
     """A fake tensor like `value`, with symbols replaced in its shape."""
     mode = fake_mode(value)
     assert mode is not None
-    shape = [size.node.expr.xreplace(rows) if isinstance(size, torch.SymInt) else size for size in value.shape]
+    shape = [
+        size.node.expr.xreplace(rows) if isinstance(size, torch.SymInt) else size
+        for size in value.shape
+    ]
     symbols = {str(size): size for size in value.shape}
     with mode:
         return torch.empty(
-            [int(size) if isinstance(size, int) or size.is_Integer else symbols[str(size)] for size in shape],
+            [
+                int(size) if isinstance(size, int) or size.is_Integer else symbols[str(size)]
+                for size in shape
+            ],
             dtype=value.dtype,
             device=value.device,
         )

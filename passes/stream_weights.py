@@ -15,7 +15,8 @@ from kvfx.provenance import Stamp, module_path
 
 @dataclass(frozen=True)
 class StreamWeights(Pass):
-    """Turn linear layers into `kvfx.linear`, which Inductor compiles to a fused matrix-vector loop for one row.
+    """Turn linear layers into `kvfx.linear`, which Inductor compiles to a fused matrix-vector loop
+    for one row.
 
     Before:  y = linear(x, w)
     After:   y = kvfx.linear(x, w)

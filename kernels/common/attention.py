@@ -11,9 +11,11 @@ BLOCK = 512
 
 
 def attend_step(q: Tensor, k: Tensor, v: Tensor, live: Tensor, scale: float) -> Tensor:
-    """Attention of one row q [B, H, 1, D] over the live entries of k, v [B, K, T, D]; live is [B, K, T].
+    """Attention of one row q [B, H, 1, D] over the live entries of k, v [B, K, T, D]; live is [B,
+    K, T].
 
-    Written as products and sums so that Inductor streams k and v once, fused with whatever produces them.
+    Written as products and sums so that Inductor streams k and v once, fused with whatever produces
+    them.
     """
     batch, heads, _, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -37,8 +39,8 @@ def attend_rows(
 ) -> Tensor:
     """Attention of S rows over the live past entries and causally over themselves: [B, H, S, Dv].
 
-    q [B, H, S, D], k, v [B, K, S, D], position_ids [B, S]; past k, v [B, K, T, D] with live [B, K, T].
-    Padding rows (position -1) are not seen, and come out as zeros.
+    q [B, H, S, D], k, v [B, K, S, D], position_ids [B, S]; past k, v [B, K, T, D] with live [B, K,
+    T]. Padding rows (position -1) are not seen, and come out as zeros.
     """
     keys, values = torch.cat((k_past, k), 2), torch.cat((v_past, v), 2)
     kv_heads, heads = k.shape[1], q.shape[1]
@@ -57,15 +59,23 @@ def rows_outermost(out: Tensor) -> Tensor:
 
 
 def visible(q_position: Tensor, k_position: Tensor, window: int | None = None) -> Tensor:
-    """The rule `0 <= pos_k <= pos_q` and `pos_q - pos_k < window`: [B, S], [B, T] -> [B, S, T] bool."""
+    """The rule `0 <= pos_k <= pos_q` and `pos_q - pos_k < window`: [B, S], [B, T] -> [B, S, T]
+    bool.
+    """
     distance = q_position[:, :, None] - k_position[:, None]
     seen = (k_position >= 0)[:, None] & (distance >= 0)
     return seen if window is None else seen & (distance < window)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, kv_repeat: int) -> Tensor:
-    """SDPA with a boolean mask per KV head, seen [B, K or 1, S, T]; rows that see nothing come out as zeros."""
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, kv_repeat: int
+) -> Tensor:
+    """SDPA with a boolean mask per KV head, seen [B, K or 1, S, T]; rows that see nothing come out
+    as zeros.
+    """
     if seen.shape[1] != 1:
         seen = seen.repeat_interleave(kv_repeat, 1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=kv_repeat > 1)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, scale=scale, enable_gqa=kv_repeat > 1
+    )
     return out.masked_fill(~seen.any(-1, keepdim=True), 0.0)

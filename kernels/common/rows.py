@@ -12,7 +12,9 @@ def live_rows(position_ids: Tensor, kv_heads: int) -> Tensor:
 
 
 def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Row indices with the kept ones first, in their order, and their count: keep [B, K, S] -> [B, K, S], [B, K]."""
+    """Row indices with the kept ones first, in their order, and their count: keep [B, K, S] -> [B,
+    K, S], [B, K].
+    """
     order = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True)
     return order, keep.sum(-1)
 

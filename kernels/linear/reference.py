@@ -9,8 +9,8 @@ from torch import Tensor
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., I] times weight [O, I] transposed, plus bias [O]; accumulated in fp32 or wider.
 
-    A single row is spelled as products and a sum: Inductor turns that into a fused, vectorized, threaded loop at
-    memory bandwidth, where ATen's GEMM for one row reaches about a third of it.
+    A single row is spelled as products and a sum: Inductor turns that into a fused, vectorized,
+    threaded loop at memory bandwidth, where ATen's GEMM for one row reaches about a third of it.
     """
     if x.numel() != x.shape[-1]:
         return F.linear(x, weight, bias)

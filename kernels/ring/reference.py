@@ -1,8 +1,10 @@
-"""The newest W entries of a sliding-window layer, in a ring: nothing that the model can still see is dropped.
+"""The newest W entries of a sliding-window layer, in a ring: nothing that the model can still see
+is dropped.
 
-`k_cache` and `v_cache` are [B, K, C, D] with C <= W; `position` [B, C] int32 is -1 where nothing was written yet;
-`length` [B, 1] int32 counts the rows ever appended. The t-th row lives in slot t mod C: a capacity below the window
-is only used as long as nothing had to wrap.
+`k_cache` and `v_cache` are [B, K, C, D] with C <= W; `position` [B, C] int32 is -1 where nothing
+was written yet;
+`length` [B, 1] int32 counts the rows ever appended. The t-th row lives in slot t mod C: a capacity
+below the window is only used as long as nothing had to wrap.
 """
 
 from __future__ import annotations
@@ -10,12 +12,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvfx.kernels.common.attention import BLOCK, attend_step, masked_attention, rows_outermost, visible
+from kvfx.kernels.common.attention import (
+    BLOCK,
+    attend_step,
+    masked_attention,
+    rows_outermost,
+    visible,
+)
 from kvfx.kernels.common.rows import kept_first
 
 
 def store(
-    k: Tensor, v: Tensor, position_ids: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, length: Tensor, window: int
+    k: Tensor,
+    v: Tensor,
+    position_ids: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    length: Tensor,
+    window: int,
 ) -> None:
     """Write the newest rows of k, v [B, K, S, D] that are not padding; position_ids is [B, S]."""
     del window
@@ -33,9 +48,18 @@ def store(
 
 
 def append(
-    k: Tensor, v: Tensor, position_ids: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, length: Tensor, window: int
+    k: Tensor,
+    v: Tensor,
+    position_ids: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    length: Tensor,
+    window: int,
 ) -> None:
-    """Write one row k, v [B, K, 1, D] over the oldest entry; padding (position -1) is written but never seen."""
+    """Write one row k, v [B, K, 1, D] over the oldest entry; padding (position -1) is written but
+    never seen.
+    """
     del window
     b = torch.arange(k.shape[0], device=k.device)
     h = torch.arange(k.shape[1], device=k.device)
@@ -47,7 +71,14 @@ def append(
 
 
 def attend(
-    q: Tensor, position_ids: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, length: Tensor, scale: float, window: int
+    q: Tensor,
+    position_ids: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    length: Tensor,
+    scale: float,
+    window: int,
 ) -> Tensor:
     """Attention of one row q [B, H, 1, D] over the entries inside its window: [B, H, 1, Dv]."""
     del length

@@ -1,4 +1,6 @@
-"""Which entries are kept: masks over rows that are sorted by position, so that the kept ones stay sorted."""
+"""Which entries are kept: masks over rows that are sorted by position, so that the kept ones stay
+sorted.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +8,36 @@ import torch
 from torch import Tensor
 
 
-def allocate_uniform(tokens: Tensor, kv_heads: int, fraction: float, entries: int, least: int) -> Tensor:
-    """Entries to keep per row and head, [B, K] int64: `entries`, or that `fraction` of tokens [B] when it is 0.
+def allocate_uniform(
+    tokens: Tensor, kv_heads: int, fraction: float, entries: int, least: int
+) -> Tensor:
+    """Entries to keep per row and head, [B, K] int64: `entries`, or that `fraction` of tokens [B]
+    when it is 0.
 
     Never fewer than `least` and never more than there are tokens.
     """
-    wanted = torch.full_like(tokens, entries) if entries else torch.ceil(tokens.double() * fraction).long()
+    wanted = (
+        torch.full_like(tokens, entries)
+        if entries
+        else torch.ceil(tokens.double() * fraction).long()
+    )
     return torch.minimum(wanted.clamp(min=least), tokens)[:, None].expand(-1, kv_heads)
 
 
 def select_recent(live: Tensor, count: Tensor, sinks: int) -> Tensor:
-    """Keep the first `sinks` live rows and the newest ones, `count` [B, K] in total: live [B, K, T] -> [B, K, T] bool."""
+    """Keep the first `sinks` live rows and the newest ones, `count` [B, K] in total: live [B, K, T]
+    -> [B, K, T] bool.
+    """
     rank = live.long().cumsum(-1)
     newest = live.sum(-1)[..., None] - (count[..., None] - sinks).clamp(min=0)
-    return live & ((rank <= torch.minimum(count, torch.full_like(count, sinks))[..., None]) | (rank > newest))
+    return live & (
+        (rank <= torch.minimum(count, torch.full_like(count, sinks))[..., None]) | (rank > newest)
+    )
 
 
 def select_top(score: Tensor, live: Tensor, count: Tensor, sinks: int, recent: int) -> Tensor:
-    """Keep `count` [B, K] live rows: the first `sinks`, the last `recent`, then those of largest score [B, K, T].
+    """Keep `count` [B, K] live rows: the first `sinks`, the last `recent`, then those of largest
+    score [B, K, T].
 
     Equal scores prefer the smaller index; rows that are not live are never kept.
     """
@@ -31,5 +45,7 @@ def select_top(score: Tensor, live: Tensor, count: Tensor, sinks: int, recent: i
     protected = (rank <= sinks) | (rank > live.sum(-1)[..., None] - recent)
     ranked = score.float().masked_fill(protected, float("inf")).masked_fill(~live, float("-inf"))
     order = torch.argsort(ranked, dim=-1, descending=True, stable=True)
-    place = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    place = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
     return live & (place < count[..., None])

@@ -25,7 +25,16 @@ PRESETS: dict[str, Policy] = {
     "streaming-25%|k8v4": StreamingLLM(budget=0.25) | KIVI(k_bits=8, v_bits=4),
 }
 
-__all__ = ["KIVI", "METHODS", "PRESETS", "Full", "PerLayer", "StreamingLLM", "WindowRing", "policy_named"]
+__all__ = [
+    "KIVI",
+    "METHODS",
+    "PRESETS",
+    "Full",
+    "PerLayer",
+    "StreamingLLM",
+    "WindowRing",
+    "policy_named",
+]
 
 
 def policy_named(name: str) -> Policy:
@@ -33,5 +42,9 @@ def policy_named(name: str) -> Policy:
     if name in PRESETS:
         return PRESETS[name]
     near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"presets are {', '.join(PRESETS)}"
+    hint = (
+        f"did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else f"presets are {', '.join(PRESETS)}"
+    )
     raise PolicyError(f"there is no policy {name!r}: {hint}")

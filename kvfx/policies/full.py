@@ -14,7 +14,9 @@ from kvfx.policy import Store
 
 @dataclass(frozen=True)
 class Full(Store):
-    """Keep all keys and values in the model's dtype: exact, and the format that other policies are measured against."""
+    """Keep all keys and values in the model's dtype: exact, and the format that other policies are
+    measured against.
+    """
 
     room: ClassVar[str] = "dense"
     croppable: ClassVar[bool] = True
@@ -30,4 +32,3 @@ class Full(Store):
     def capacity(self, entries: int, *, bounded: bool) -> int:
         """Exactly `entries` where their number is bounded, else the next bucket."""
         return entries if bounded else in_buckets(entries)
-

@@ -21,7 +21,8 @@ LEAST_GROUP = 32
 
 @dataclass(frozen=True)
 class KIVI(Store):
-    """Keep keys as codes per channel and values as codes per token (https://arxiv.org/abs/2402.02750).
+    """Keep keys as codes per channel and values as codes per token
+    (https://arxiv.org/abs/2402.02750).
 
     `k_bits` and `v_bits` default to `bits`; a group of `group_size` tokens (keys) or channels
     (values) shares one fp16 scale and zero. Exact: the prompt's attention and the newest tokens.

@@ -12,9 +12,11 @@ from kvfx.policy import Policy
 
 @dataclass(frozen=True)
 class PerLayer(Policy):
-    """Use `layers[i]` at the i-th site and `default` everywhere else; negative indices count from the last site.
+    """Use `layers[i]` at the i-th site and `default` everywhere else; negative indices count from
+    the last site.
 
-    `PerLayer(default=KIVI(bits=2), layers={0: Full(), -1: Full()})` keeps the first and the last layer exact.
+    `PerLayer(default=KIVI(bits=2), layers={0: Full(), -1: Full()})` keeps the first and the last
+    layer exact.
     """
 
     default: Policy
@@ -28,8 +30,12 @@ class PerLayer(Policy):
         """The policy of one layer; a layer that the model does not have raises a PolicyError."""
         for index in self.layers:
             if not -sites <= index < sites:
-                raise PolicyError(f"PerLayer: layer {index} does not exist, the model has {sites} sites")
-        chosen = {index % sites: policy for index, policy in self.layers.items()}.get(site.index, self.default)
+                raise PolicyError(
+                    f"PerLayer: layer {index} does not exist, the model has {sites} sites"
+                )
+        chosen = {index % sites: policy for index, policy in self.layers.items()}.get(
+            site.index, self.default
+        )
         return chosen.for_site(site, sites)
 
     def __hash__(self) -> int:

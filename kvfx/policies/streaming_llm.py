@@ -10,14 +10,17 @@ from kvfx.policy import Select, check_at_least, check_budget, check_choice
 
 @dataclass(frozen=True)
 class StreamingLLM(Select):
-    """Keep `sinks` first tokens and the newest ones, `budget` in total: attention over an endless stream.
+    """Keep `sinks` first tokens and the newest ones, `budget` in total: attention over an endless
+    stream.
 
     Source: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", section 3.2.
 
-    `positions="cache"` is the published method: keys are rotated to their index in the cache, and so is the query.
-    `positions="absolute"` leaves rotary positions as they were when tokens were read. `interval` entries are appended
-    between two evictions (published: 1), so at most budget + interval are ever held. Exact: which tokens are kept, and
-    the rotation (fp32). Different: the prompt's own attention is dense, as for every policy here, and only then trimmed.
+    `positions="cache"` is the published method: keys are rotated to their index in the cache, and
+    so is the query.
+    `positions="absolute"` leaves rotary positions as they were when tokens were read. `interval`
+    entries are appended between two evictions (published: 1), so at most budget + interval are ever
+    held. Exact: which tokens are kept, and the rotation (fp32). Different: the prompt's own
+    attention is dense, as for every policy here, and only then trimmed.
     """
 
     sinks: int = 4

@@ -14,7 +14,8 @@ from kvfx.policy import Store, check_at_least
 
 @dataclass(frozen=True)
 class WindowRing(Store):
-    """Keep the newest `window` entries: lossless where the model itself attends inside a sliding window.
+    """Keep the newest `window` entries: lossless where the model itself attends inside a sliding
+    window.
 
     The planner chooses it for such layers, whatever the policy says about the others.
     """
@@ -27,7 +28,9 @@ class WindowRing(Store):
         check_at_least("WindowRing", "window", self.window, 1)
 
     def buffers(self, site: Site) -> dict[str, Buffer]:
-        """k and v [B, K, C, D], the position [B, C] of each entry (-1: none), and the rows ever appended [B, 1]."""
+        """k and v [B, K, C, D], the position [B, C] of each entry (-1: none), and the rows ever
+        appended [B, 1].
+        """
         return {
             "k_cache": Buffer((BATCH, site.kv_heads, CAPACITY, site.head_dim), site.dtype),
             "v_cache": Buffer((BATCH, site.kv_heads, CAPACITY, site.value_dim), site.dtype),
