@@ -22,6 +22,15 @@ def in_buckets(entries: int) -> int:
     return -(-max(entries, 1) // BUCKET) * BUCKET
 
 
+def evaluated(extent: Extent, batch: int, capacity: int) -> int:
+    """An expression in `BATCH` and `CAPACITY` as a number."""
+    value = sympy.sympify(extent).subs([(BATCH, batch), (CAPACITY, capacity)])
+    assert isinstance(value, sympy.Integer), (
+        f"{extent} is not a whole number at {batch}, {capacity}"
+    )
+    return value.p
+
+
 @dataclass(frozen=True)
 class Buffer:
     """One stored tensor of a site: its shape in `BATCH` and `CAPACITY`, and its dtype.
@@ -37,8 +46,7 @@ class Buffer:
 
     def sizes(self, batch: int, capacity: int) -> tuple[int, ...]:
         """The shape for a batch and a capacity, as integers."""
-        values = {BATCH: batch, CAPACITY: capacity}
-        return tuple(int(sympy.sympify(extent).subs(values)) for extent in self.shape)
+        return tuple(evaluated(extent, batch, capacity) for extent in self.shape)
 
     def bytes(self) -> sympy.Expr:
         """Bytes of the buffer as an expression in `BATCH` and `CAPACITY`."""

@@ -8,12 +8,16 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from kvfx.errors import CaptureError
 from kvfx.graph import Graph, Level
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RECURRENT = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "ssm", "lightning", "rwkv")
 
@@ -40,7 +44,7 @@ class _Stateless(nn.Module):
         return logits[:, logits_index]
 
 
-def capture(model: nn.Module) -> Graph:
+def capture(model: PreTrainedModel) -> Graph:
     """Capture the forward pass of `model` with dynamic batch and length; weights are shared,
     `model` is unchanged.
 
@@ -78,8 +82,10 @@ def capture(model: nn.Module) -> Graph:
     return Graph(module, Level.CAPTURED, windows=_config_windows(model)).copy()
 
 
-def check_decoder(model: nn.Module) -> None:
-    """Raise a CaptureError unless `model` looks like a decoder that transformers can generate with."""
+def check_decoder(model: PreTrainedModel) -> None:
+    """Raise a CaptureError unless `model` looks like a decoder that transformers can generate
+    with.
+    """
     kind = type(model).__name__
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or config is None:
@@ -99,7 +105,8 @@ def check_decoder(model: nn.Module) -> None:
     if recurrent or getattr(model, "_is_stateful", False):
         what = f" ({', '.join(recurrent)})" if recurrent else ""
         raise CaptureError(
-            f"{kind} has recurrent layers{what}: their state is not a KV cache, kvfx cannot carry it"
+            f"{kind} has recurrent layers{what}: their state is not a KV cache, kvfx cannot carry "
+            "it"
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise CaptureError(
@@ -113,8 +120,10 @@ def check_decoder(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _as_sdpa_in_eval(model: nn.Module) -> Iterator[None]:
-    """Attention through SDPA and no dropout while the body runs; afterwards the model is as it was."""
+def _as_sdpa_in_eval(model: PreTrainedModel) -> Iterator[None]:
+    """Attention through SDPA and no dropout while the body runs; afterwards the model is as it
+    was.
+    """
     implementation, training = model.config._attn_implementation, model.training
     try:
         with contextlib.suppress(ValueError, ImportError):
@@ -122,7 +131,7 @@ def _as_sdpa_in_eval(model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
     finally:
-        if model.config._attn_implementation != implementation:
+        if implementation is not None and model.config._attn_implementation != implementation:
             model.set_attn_implementation(implementation)
         model.train(training)
 
@@ -138,7 +147,7 @@ def _share_weights(module: nn.Module, model: nn.Module) -> None:
     assert not copied, f"capture copied weights: {copied}"
 
 
-def _config_windows(model: nn.Module) -> tuple[int, ...]:
+def _config_windows(model: PreTrainedModel) -> tuple[int, ...]:
     """Every window or chunk length that the config names: masks are probed beyond all of them."""
     config = model.config.get_text_config()
     names = ("sliding_window", "attention_chunk_size", "window_size", "local_attention")

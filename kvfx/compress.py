@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from kvfx.capture import capture
 from kvfx.errors import CalibrationError, UnmatchedAttention, UnsupportedShape
@@ -25,6 +25,8 @@ from kvfx.runtime import Executor
 from kvfx.validate import validate
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from kvfx.model import CompressedModel
 
 
@@ -41,7 +43,7 @@ class Lowered:
 
 
 def compress(
-    model: nn.Module,
+    model: PreTrainedModel,
     policy: Policy | str,
     *,
     backend: str = "auto",
@@ -88,7 +90,7 @@ def compress(
 
 
 def explain(
-    model: nn.Module, policy: Policy | str, *, backend: str = "auto", strict: bool = True
+    model: PreTrainedModel, policy: Policy | str, *, backend: str = "auto", strict: bool = True
 ) -> Report:
     """What `compress` would do, site by site, without compiling or running anything."""
     start = time.perf_counter()
@@ -103,7 +105,7 @@ def explain(
 
 
 def lower(
-    model: nn.Module, policy: Policy | str, *, backend: str, compile: bool, strict: bool
+    model: PreTrainedModel, policy: Policy | str, *, backend: str, compile: bool, strict: bool
 ) -> Lowered:
     """Capture and raise `model`, plan `policy`, and lower every program that the plan needs."""
     policy = policy_named(policy) if isinstance(policy, str) else policy
@@ -113,7 +115,8 @@ def lower(
     if raised.missed:
         reasons = "\n".join(f"  {miss}" for miss in raised.missed.values())
         raise UnmatchedAttention(
-            f"{len(raised.missed)} attention sites of {type(model).__name__} are not understood:\n{reasons}"
+            f"{len(raised.missed)} attention sites of {type(model).__name__} are not "
+            f"understood:\n{reasons}"
         )
     plan = make_plan(policy, raised.sites, strict=strict)
     device = raised.sites[0].device
@@ -127,12 +130,15 @@ def lower(
 
 
 def _backend(backend: str, device: torch.device) -> str:
-    """The backend to lower to: the one asked for, or the best that this version has for the device."""
+    """The backend to lower to: the one asked for, or the best that this version has for the
+    device.
+    """
     if backend == "auto":
         return "reference"
     if backend not in BACKENDS:
         raise UnsupportedShape(
-            f"backend {backend!r} does not exist on {device}: choose 'auto' or {', '.join(BACKENDS)}"
+            f"backend {backend!r} does not exist on {device}: choose 'auto' or "
+            f"{', '.join(BACKENDS)}"
         )
     return backend
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -82,7 +83,6 @@ class Graph:
     def copy(self) -> Graph:
         """The same graph, to be changed freely; weights are shared."""
         graph = fx.Graph()
-        graph.set_codegen(fx.graph.CodeGen())
         graph.output(graph.graph_copy(self.module.graph, {}))
         last = next(reversed(graph.nodes))
         last.meta = dict(next(reversed(self.module.graph.nodes)).meta)
@@ -90,9 +90,8 @@ class Graph:
         return Graph(module, self.level, self.windows, self.sites, dict(self.missed), self.program)
 
     def clean(self) -> None:
-        """Drop what nothing uses and make the module run the graph as it is now."""
+        """Drop what nothing uses."""
         self.module.graph.eliminate_dead_code()
-        self.module.recompile()
 
 
 def call(
@@ -111,13 +110,15 @@ def call(
 
 def infer(node: fx.Node) -> None:
     """Compute `meta["val"]` of a call from its operands' values."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    values = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    args, kwargs = cast(tuple[tuple[Any, ...], dict[str, Any]], values)
+    target = cast(Callable[..., object], node.target)
     mode = fake_mode(args, kwargs)
     if mode is None:
-        node.meta["val"] = node.target(*args, **kwargs)
+        node.meta["val"] = target(*args, **kwargs)
         return
     with mode:
-        node.meta["val"] = node.target(*args, **kwargs)
+        node.meta["val"] = target(*args, **kwargs)
 
 
 def fake_mode(*values: object) -> torch._subclasses.FakeTensorMode | None:
@@ -129,11 +130,20 @@ def fake_mode(*values: object) -> torch._subclasses.FakeTensorMode | None:
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:
-    """Let every user of `old` use `new`, which takes over its place in the model; `old` is erased."""
+    """Let every user of `old` use `new`, which takes over its place in the model; `old` is
+    erased.
+    """
     if "nn_module_stack" in old.meta:
         new.meta["nn_module_stack"] = old.meta["nn_module_stack"]
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
+
+
+def operand(node: fx.Node, index: int) -> fx.Node:
+    """The operand of `node` at `index`, which is a node and not a constant."""
+    argument = node.args[index]
+    assert isinstance(argument, fx.Node), f"{node.format_node()} has no node at {index}"
+    return argument
 
 
 def site_path(node: fx.Node) -> str:
@@ -154,6 +164,17 @@ def ancestors(outputs: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[f
         if node not in ends:
             todo.extend(node.all_input_nodes)
     return seen
+
+
+def dependents(graph: Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
+    """Every node whose values are computed from `sources`, themselves included; reading a size does
+    not count.
+    """
+    found = set(sources)
+    for node in graph.nodes:
+        if node.target is not torch.ops.aten.sym_size.int and found & set(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def extract(

@@ -6,7 +6,7 @@ from collections import Counter
 
 import sympy
 
-from kvfx.cache import BATCH, CAPACITY
+from kvfx.cache import CAPACITY, evaluated
 from kvfx.plan import Plan, SitePlan
 
 
@@ -25,7 +25,7 @@ def memory_bytes(plan: Plan, batch: int, length: int) -> int:
 def site_bytes(plan: SitePlan, batch: int, length: int) -> int:
     """Bytes of one site's buffers after a prompt of `length` tokens per row."""
     capacity = plan.schedule.capacity(plan.schedule.kept(length), length)
-    return int(site_formula(plan).subs({BATCH: batch, CAPACITY: capacity}))
+    return evaluated(site_formula(plan), batch, capacity)
 
 
 def memory_formula(plan: Plan) -> sympy.Expr:
@@ -39,6 +39,5 @@ def memory_formula(plan: Plan) -> sympy.Expr:
         )
         for index, schedule in enumerate(schedules)
     }
-    return sympy.Add(
-        *(site_formula(site).subs(CAPACITY, symbols[site.schedule]) for site in plan.sites)
-    )
+    terms = [site_formula(site).subs(CAPACITY, symbols[site.schedule]) for site in plan.sites]
+    return sympy.Add(*map(sympy.sympify, terms))

@@ -10,9 +10,9 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache as HFCache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvfx.errors import InputError, PolicyError, UnsupportedOperation
@@ -43,7 +43,8 @@ class CompressedCache(HFCache):
             self.state = State(self.plan, batch, self.max_length)
         if self.state.batch != batch:
             raise InputError(
-                f"this cache holds {self.state.batch} rows, the inputs have {batch}: start a new cache"
+                f"this cache holds {self.state.batch} rows, the inputs have {batch}: start a new "
+                "cache"
             )
         return self.state
 
@@ -119,7 +120,7 @@ class CompressedModel(GenerationMixin, nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         plan: Plan,
         graphs: Mapping[str, Graph],
         executor: Executor,
@@ -128,7 +129,8 @@ class CompressedModel(GenerationMixin, nn.Module):
         max_length: int | None,
     ) -> None:
         super().__init__()
-        # not a sub-module: parameters belong to the model, and moving it would leave the programs behind
+        # not a sub-module: parameters belong to the model, and moving it would leave the programs
+        # behind
         self.__dict__["source"] = model
         self.config = model.config
         self.generation_config = getattr(
@@ -193,8 +195,8 @@ class CompressedModel(GenerationMixin, nn.Module):
         """Refuse to move: programs are compiled for the device and dtype of the model they came
         from.
         """
-        target = torch._C._nn._parse_to(*args, **kwargs)
-        if target[0] not in (None, self.device) or target[1] not in (None, self.dtype):
+        probe = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
+        if probe.device != self.device or probe.dtype != self.dtype:
             raise UnsupportedOperation(
                 "a compressed model cannot be moved or cast: move the model, then compress it"
             )
@@ -211,7 +213,8 @@ class CompressedModel(GenerationMixin, nn.Module):
         )
         if (kwargs.get("assistant_model") is not None or lookup) and not self.plan.croppable:
             raise UnsupportedOperation(
-                f"assisted decoding takes tokens back, which {self.plan.policy!r} cannot: use kvfx.Full(), or no assistant"
+                f"assisted decoding takes tokens back, which {self.plan.policy!r} cannot: use "
+                "kvfx.Full(), or no assistant"
             )
         implementation = kwargs.get("cache_implementation") or getattr(
             config, "cache_implementation", None
@@ -223,7 +226,7 @@ class CompressedModel(GenerationMixin, nn.Module):
             )
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
             kwargs["past_key_values"] = self.new_cache()
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     @torch.no_grad()
     def forward(
@@ -315,7 +318,8 @@ def read_positions(
         given = position_ids.expand(state.batch, rows).to(device).masked_fill(~real, -1)
         if not torch.equal(given, positions):
             raise InputError(
-                "position_ids do not continue by one from row to row (packed sequences, or positions that restart): "
+                "position_ids do not continue by one from row to row (packed sequences, or "
+                "positions that restart): "
                 "give each sequence a row of its own, padded on the left"
             )
     return positions, real.sum(1).tolist() if rows > 1 else [1] * state.batch
@@ -331,7 +335,8 @@ def _new_columns(state: State, rows: int, attention_mask: Tensor) -> Tensor:
     if attention_mask.shape[0] != state.batch or columns not in (rows, state.columns + rows):
         raise InputError(
             f"attention_mask is {list(attention_mask.shape)}: expected [{state.batch}, {rows}], or "
-            f"[{state.batch}, {state.columns + rows}] with the {state.columns} columns already in the cache"
+            f"[{state.batch}, {state.columns + rows}] with the {state.columns} columns already in "
+            "the cache"
         )
     return attention_mask[:, -rows:].bool()
 
@@ -341,7 +346,8 @@ def _check_padding(state: State, real: Tensor) -> None:
     if not bool(real[:, -1].all()):
         row = int((~real[:, -1]).nonzero()[0])
         raise InputError(
-            f"row {row} is padded on the right: kvfx reads left-padded batches (tokenizer.padding_side = 'left')"
+            f"row {row} is padded on the right: kvfx reads left-padded batches "
+            "(tokenizer.padding_side = 'left')"
         )
     if bool((real[:, :-1] & ~real[:, 1:]).any()):
         raise InputError(

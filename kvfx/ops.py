@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 BACKENDS = ("reference",)
 
@@ -40,7 +41,7 @@ def _nothing(*_: object, **__: object) -> None:
 
 def _like_query(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
     # laid out [B, S, H, Dv], as SDPA returns it and as the output projection wants it
-    batch, heads, rows, _ = q.shape
+    batch, heads, rows = q.shape[:3]
     return q.new_empty(batch, rows, heads, v.shape[-1]).transpose(1, 2)
 
 
@@ -108,7 +109,8 @@ def _load_kivi(
 DENSE = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) length"
 RING = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) position, Tensor(d!) length"
 KIVI = (
-    "Tensor(a!) k_codes, Tensor(b!) k_scales, Tensor(c!) k_zeros, Tensor(d!) v_codes, Tensor(e!) v_scales, "
+    "Tensor(a!) k_codes, Tensor(b!) k_scales, Tensor(c!) k_zeros, Tensor(d!) v_codes, Tensor(e!) "
+    "v_scales, "
     "Tensor(f!) v_zeros, Tensor(g!) k_residual, Tensor(h!) v_residual, Tensor(i!) length, "
     "Tensor(j!) k_quantized, Tensor(k!) v_quantized"
 )
@@ -171,14 +173,16 @@ OPS: dict[str, Op] = {
     for op in (
         Op(
             "attention",
-            "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? position_ids, *, float scale, int kv_repeat, "
+            "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? position_ids, *, float scale, "
+            "int kv_repeat, "
             "int? window=None) -> Tensor",
             "kvfx.kernels.prompt.reference:attention",
             _like_query,
         ),
         Op(
             "attend_prompt",
-            "(Tensor q, Tensor k, Tensor v, Tensor position_ids, *, float scale, int? window=None) -> Tensor",
+            "(Tensor q, Tensor k, Tensor v, Tensor position_ids, *, float scale, int? "
+            "window=None) -> Tensor",
             "kvfx.kernels.prompt.reference:attend",
             _like_query,
         ),
@@ -301,18 +305,19 @@ def score_op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return function
 
 
-def overload(name: str, backend: str = "default") -> torch._ops.OpOverload:
+def overload(name: str, backend: str = "default") -> OpOverload:
     """The op `kvfx.<name>` for a backend; `"default"` is the abstract one."""
     return getattr(getattr(torch.ops.kvfx, name), backend)
 
 
 def name_of(target: object) -> str | None:
     """The name of a kvfx op without its overload, or None for anything else."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "kvfx":
+    if not isinstance(target, OpOverload) or target.namespace != "kvfx":
         return None
     return target.name().removeprefix("kvfx::").split(".")[0]
 
 
-def backend_of(target: torch._ops.OpOverload) -> str:
-    """The backend that an op names: its overload."""
+def backend_of(target: object) -> str:
+    """The backend that a kvfx op names: its overload."""
+    assert isinstance(target, OpOverload)
     return target._overloadname

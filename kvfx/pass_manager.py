@@ -24,7 +24,9 @@ from kvfx.verify import verify
 
 @dataclass
 class Statistics:
-    """What one pass did: hits per rule, misses with reasons, nodes before and after, milliseconds."""
+    """What one pass did: hits per rule, misses with reasons, nodes before and after,
+    milliseconds.
+    """
 
     hits: Counter[str] = field(default_factory=Counter)
     misses: list[Miss] = field(default_factory=list)
@@ -115,7 +117,8 @@ def run_passes(graph: Graph, passes: Iterable[Pass], trail: Trail | None) -> Gra
     for step in passes:
         if graph.level is not step.consumes:
             raise KvfxError(
-                f"pass {step.name!r} takes a {step.consumes.value} graph, this one is {graph.level.value}"
+                f"pass {step.name!r} takes a {step.consumes.value} graph, this one is "
+                f"{graph.level.value}"
             )
         stats = Statistics(nodes_before=len(graph.nodes))
         start = time.perf_counter()
@@ -132,6 +135,7 @@ def run_passes(graph: Graph, passes: Iterable[Pass], trail: Trail | None) -> Gra
         trail.steps.append(record)
         _show(record, len(trail.steps))
         before = after
+    graph.module.recompile()
     return graph
 
 

@@ -128,7 +128,8 @@ def _plan_site(policy: Policy, site: Site, sites: int, strict: bool) -> SitePlan
             continue
         if strict:
             raise UnsupportedShape(
-                f"{site.name}: {part!r} does not fit: {reason} (strict=False keeps such sites dense)"
+                f"{site.name}: {part!r} does not fit: {reason} (strict=False keeps such sites "
+                "dense)"
             )
         return SitePlan(site, Full(), None, f"dense: {reason}")
     return SitePlan(site, store, select)

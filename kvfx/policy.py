@@ -122,7 +122,7 @@ class Select(Policy):
     def constraint(self, site: Site) -> str | None:
         """Why this method cannot choose among the tokens of `site`, or None."""
         if self.positions == "cache" and site.rope is None:
-            return 'no rotary embedding was matched, so keys cannot be re-rotated: use positions="absolute"'
+            return "no rotary embedding to move keys by: use positions='absolute'"
         return None
 
 
@@ -165,14 +165,17 @@ def compose(*policies: Policy) -> Policy:
 
 
 def check_budget(policy: str, budget: float | int) -> None:
-    """Raise a PolicyError unless `budget` is a fraction in (0, 1] or a positive count of entries."""
+    """Raise a PolicyError unless `budget` is a fraction in (0, 1] or a positive count of
+    entries.
+    """
     if isinstance(budget, bool) or not isinstance(budget, int | float):
         raise PolicyError(
             f"{policy}(budget={budget!r}): a budget is a fraction in (0, 1] or a count of entries"
         )
     if isinstance(budget, float) and not 0.0 < budget <= 1.0:
         raise PolicyError(
-            f"{policy}(budget={budget!r}): a fraction must satisfy 0 < budget <= 1; give an int for a count of entries"
+            f"{policy}(budget={budget!r}): a fraction must satisfy 0 < budget <= 1; give an int "
+            "for a count of entries"
         )
     if isinstance(budget, int) and budget < 1:
         raise PolicyError(f"{policy}(budget={budget!r}): a count of entries must be at least 1")

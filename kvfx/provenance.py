@@ -24,7 +24,9 @@ class Stamp:
 
 
 def stamp(node: Node, mark: Stamp) -> None:
-    """Record where `node` comes from; `meta["custom"]` survives re-export, decomposition and save."""
+    """Record where `node` comes from; `meta["custom"]` survives re-export, decomposition and
+    save.
+    """
     node.meta["custom"] = {**node.meta.get("custom", {}), KEY: (mark.site, mark.rule, mark.by)}
 
 
@@ -35,6 +37,8 @@ def origin(node: Node) -> Stamp | None:
 
 
 def module_path(node: Node) -> str:
-    """The path of the innermost module of the captured model that computed `node`, "" when unknown."""
+    """The path of the innermost module of the captured model that computed `node`, "" when
+    unknown.
+    """
     stack = node.meta.get("nn_module_stack")
     return list(stack.values())[-1][0] if stack else ""

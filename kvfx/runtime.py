@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from kvfx.errors import CapacityExceeded, UnsupportedOperation
 from kvfx.plan import Plan, Schedule, SitePlan
@@ -52,7 +53,8 @@ class State:
         seen = [position + count for position, count in zip(self.positions, tokens, strict=True)]
         if self.max_length is not None and max(seen) > self.max_length:
             raise CapacityExceeded(
-                f"{max(seen)} tokens do not fit into max_length={self.max_length}: compress with a larger max_length"
+                f"{max(seen)} tokens do not fit into max_length={self.max_length}: compress with "
+                "a larger max_length"
             )
         if as_prompt:
             self.prompt_tokens = seen
@@ -83,10 +85,13 @@ class State:
         self._fit(shrink=True)
 
     def crop(self, length: int) -> None:
-        """Forget all but the first `length` columns; only for plans that keep every entry in order."""
+        """Forget all but the first `length` columns; only for plans that keep every entry in
+        order.
+        """
         if not self.plan.croppable:
             raise UnsupportedOperation(
-                f"the cache under {self.plan.policy!r} cannot be cropped: entries are evicted, quantized or in a ring "
+                f"the cache under {self.plan.policy!r} cannot be cropped: entries are evicted, "
+                "quantized or in a ring "
                 "(assisted decoding needs a croppable cache: use kvfx.Full())"
             )
         dropped = self.columns - length
@@ -146,7 +151,7 @@ class State:
 class Executor:
     """The compiled programs of a model: runs one step on a `State`."""
 
-    def __init__(self, programs: Mapping[str, fx.GraphModule]) -> None:
+    def __init__(self, programs: Mapping[str, Callable[..., Any]]) -> None:
         self.programs = programs
 
     def prompt(

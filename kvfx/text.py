@@ -116,7 +116,8 @@ def _comment(node: fx.Node) -> str:
 
 def _value(value: object, axes: dict[str, str]) -> str:
     if isinstance(value, torch.Tensor):
-        return f"{DTYPES.get(value.dtype, value.dtype)}[{','.join(_size(size, axes) for size in value.shape)}]"
+        sizes = ",".join(_size(size, axes) for size in value.shape)
+        return f"{DTYPES.get(value.dtype, value.dtype)}[{sizes}]"
     if isinstance(value, (tuple, list)):
         return f"({', '.join(_value(item, axes) for item in value)})"
     if isinstance(value, torch.SymInt):

@@ -112,6 +112,7 @@ def _compare(found: Tensor, expected: Tensor, what: str) -> None:
     error = float((found - expected).abs().max())
     if not error <= bound:
         raise VerificationError(
-            f"{what} differs from the model by {error:.3g}, rounding explains {bound:.3g}: this rewrite is wrong, "
+            f"{what} differs from the model by {error:.3g}, rounding explains {bound:.3g}: this "
+            "rewrite is wrong, "
             "please report the model (verify=False would run it all the same)"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -77,7 +77,7 @@ def _inline(graph: Graph, node: fx.Node) -> None:
         i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr"
     )
     operands = iter(node.args[first + 1 :])
-    copied: dict[fx.Node, object] = {}
+    copied: dict[fx.Node, Any] = {}
     with graph.module.graph.inserting_before(node):
         for inner in module.graph.nodes:
             if inner.op == "placeholder":
@@ -108,7 +108,7 @@ def _always(node: fx.Node, operand: fx.Node) -> bool:
 def _is_whole_slice(node: fx.Node, operand: fx.Node) -> bool:
     del operand
     start, end, step = (*node.args[2:], *(0, END, 1)[len(node.args) - 2 :])
-    return start in (0, None) and end in (END, None) and step == 1
+    return bool(start in (0, None) and end in (END, None) and step == 1)
 
 
 def _keeps_type(node: fx.Node, operand: fx.Node) -> bool:
@@ -123,7 +123,7 @@ def _keeps_shape(node: fx.Node, operand: fx.Node) -> bool:
 
 def _is_dead_dropout(node: fx.Node, operand: fx.Node) -> bool:
     del operand
-    return node.args[1] == 0.0 or node.args[2] is False
+    return bool(node.args[1] == 0.0) or node.args[2] is False
 
 
 NO_OPS: dict[object, Callable[[fx.Node, fx.Node], bool]] = {

@@ -7,13 +7,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
 
 from kvfx.errors import CaptureError
-from kvfx.graph import Graph, Level, Miss, call, replace, site_path
+from kvfx.graph import Graph, Level, Miss, call, operand, replace, site_path
 from kvfx.pass_manager import Pass, Statistics
 from kvfx.provenance import Stamp
 
@@ -61,7 +61,8 @@ class MatchAttention(Pass):
         roots = attention_roots(graph)
         if not roots:
             raise CaptureError(
-                "no attention was found in the captured graph: kvfx raises scaled_dot_product_attention, and this model "
+                "no attention was found in the captured graph: kvfx raises "
+                "scaled_dot_product_attention, and this model "
                 "computes attention another way (or has none)"
             )
         for site, root in roots.items():
@@ -97,7 +98,7 @@ def attention_roots(graph: Graph) -> dict[str, fx.Node]:
 def match_sdpa(root: fx.Node) -> AttentionOperands | Miss:
     """Read the operands of one SDPA call, or say why they cannot be read."""
     named = dict(zip(("query", "key", "value", *SDPA_DEFAULTS), root.args, strict=False))
-    args = {**SDPA_DEFAULTS, **named, **root.kwargs}
+    args: dict[str, Any] = {**SDPA_DEFAULTS, **named, **root.kwargs}
     q, k, v, mask = args["query"], args["key"], args["value"], args["attn_mask"]
     if args["dropout_p"] != 0.0:
         return Miss(f"dropout is live (p={args['dropout_p']}): put the model into eval mode")
@@ -130,18 +131,18 @@ def peel_repeat_kv(node: fx.Node) -> tuple[fx.Node, int]:
     Recognises reshape(expand(unsqueeze(k, 2))) and repeat_interleave(k, n, 1).
     """
     if node.target is aten.repeat_interleave.self_int and node.args[2:] == (1,):
-        return node.args[0], node.args[1]
+        return operand(node, 0), cast(int, node.args[1])
     if node.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
         return node, 1
-    expanded = node.args[0]
+    expanded = operand(node, 0)
     if expanded.target is aten.clone.default:
-        expanded = expanded.args[0]
+        expanded = operand(expanded, 0)
     if expanded.target is not aten.expand.default:
         return node, 1
-    inserted = expanded.args[0]
+    inserted = operand(expanded, 0)
     if inserted.target is not aten.unsqueeze.default or inserted.args[1] != 2:
         return node, 1
-    source = inserted.args[0]
+    source = operand(inserted, 0)
     shape, repeats = node.meta["val"].shape, expanded.meta["val"].shape[2]
     if len(shape) != 4 or shape[1] != source.meta["val"].shape[1] * repeats:
         return node, 1

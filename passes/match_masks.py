@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx
 
 from kvfx.geometry import Causal, Mask, Window
-from kvfx.graph import Graph, Level, Miss, ancestors, call, extract, replace
+from kvfx.graph import Graph, Level, Miss, ancestors, call, extract, operand, replace
 from kvfx.pass_manager import Pass, Statistics
 from kvfx.provenance import Stamp, origin
 
@@ -53,10 +53,11 @@ class MatchMasks(Pass):
         """
         proven: dict[fx.Node | None, Mask | Miss] = {None: Causal()}
         for node in graph.calls(torch.ops.kvfx.attention.default):
-            q, k, v, mask, _ = node.args
+            q, k, v = (operand(node, index) for index in range(3))
+            mask = cast("fx.Node | None", node.args[3])
             mark = origin(node)
             assert mark is not None
-            if mask not in proven:
+            if mask is not None and mask not in proven:
                 proven[mask] = prove_mask(graph, mask)
             fact = proven[mask]
             if isinstance(fact, Miss):
@@ -66,7 +67,7 @@ class MatchMasks(Pass):
             with graph.module.graph.inserting_before(node):
                 raised = call(
                     graph,
-                    node.target,
+                    torch.ops.kvfx.attention.default,
                     (q, k, v, None, graph.input("position_ids")),
                     Stamp(mark.site, f"{mark.rule}, {fact}", self.name),
                     **{**node.kwargs, "window": fact.size if isinstance(fact, Window) else None},

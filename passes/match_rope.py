@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx
 
 from kvfx.geometry import Causal, Rope, Site, Window
-from kvfx.graph import Graph, Level, Miss, ancestors, extract
+from kvfx.graph import Graph, Level, Miss, ancestors, dependents, extract, operand
 from kvfx.pass_manager import Pass, Statistics
 from kvfx.provenance import origin
+from kvfx.rotation import fit_rotation
 
 aten = torch.ops.aten
+# fmt: off
 ARITHMETIC = {
-    aten.mul.Tensor,
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    aten.neg.default,
-    aten.cat.default,
-    aten.stack.default,
-    aten.slice.Tensor,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.flatten.using_ints,
-    aten.select.int,
-    aten.to.dtype,
-    aten._to_copy.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten.transpose.int,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
+    aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.neg.default,
+    aten.cat.default, aten.stack.default, aten.slice.Tensor,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints,
+    aten.select.int, aten.to.dtype, aten._to_copy.default,
+    aten.view.default, aten.reshape.default, aten.transpose.int,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
 }
-# positions at which frequencies are refined: each step doubles the phase, and with it the precision
-DOUBLINGS = 13
-PROBES = (0, 3, 17, 1000, 4097)
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -61,8 +46,8 @@ class MatchRope(Pass):
     def run(self, graph: Graph, stats: Statistics) -> None:
         """Record one `Site` per attention node, with its rotary embedding where one is proven."""
         position_ids = graph.input("position_ids")
-        by_tokens = _dependents(graph, graph.input("input_ids"))
-        by_positions = _dependents(graph, position_ids) - by_tokens
+        by_tokens = dependents(graph, [graph.input("input_ids")])
+        by_positions = dependents(graph, [position_ids]) - by_tokens
         known: dict[tuple[object, ...], Rope | Miss] = {}
         sites = []
         for index, node in enumerate(graph.calls(torch.ops.kvfx.attention.default)):
@@ -81,8 +66,8 @@ class MatchRope(Pass):
 
 
 def _site(index: int, name: str, node: fx.Node, rope: Rope | None) -> Site:
-    q, k, v = (operand.meta["val"] for operand in node.args[:3])
-    window = node.kwargs["window"]
+    q, k, v = (operand(node, index).meta["val"] for index in range(3))
+    scale, window = cast(float, node.kwargs["scale"]), cast("int | None", node.kwargs["window"])
     return Site(
         index=index,
         name=name,
@@ -90,7 +75,7 @@ def _site(index: int, name: str, node: fx.Node, rope: Rope | None) -> Site:
         kv_heads=int(k.shape[1]),
         head_dim=int(k.shape[3]),
         value_dim=int(v.shape[3]),
-        scale=node.kwargs["scale"],
+        scale=scale,
         mask=Causal() if window is None else Window(window),
         rope=rope,
         dtype=k.dtype,
@@ -107,13 +92,13 @@ def _same_rope(
 ) -> Rope | Miss:
     """The one rotary embedding that both the query and the key of an attention went through."""
     found = []
-    for operand in attention.args[:2]:
-        pre = peel_rotation(operand, by_positions, by_tokens)
+    for rotated in (operand(attention, 0), operand(attention, 1)):
+        pre = peel_rotation(rotated, by_positions, by_tokens)
         if isinstance(pre, Miss):
             return pre
-        key = _structure(operand, pre, by_tokens)
+        key = _structure(rotated, pre, by_tokens)
         if key not in known:
-            known[key] = _prove(graph, operand, pre)
+            known[key] = _prove(graph, rotated, pre)
         found.append(known[key])
     query, key = found
     if isinstance(query, Rope) and isinstance(key, Rope) and query != key:
@@ -135,25 +120,14 @@ def peel_rotation(
             return Miss("no rotation by position between the projections and the attention")
         frontier.remove(latest)
         inputs = latest.all_input_nodes
-        frontier.update(operand for operand in inputs if operand in by_tokens)
-        mixed = mixed or any(operand in by_positions for operand in inputs)
+        frontier.update(source for source in inputs if source in by_tokens)
+        mixed = mixed or any(source in by_positions for source in inputs)
     pre = frontier.pop()
     return (
         pre
         if pre.meta["val"].dim() == 4
         else Miss(f"rotated before the heads are split, at {pre.name}")
     )
-
-
-def _dependents(graph: Graph, source: fx.Node) -> set[fx.Node]:
-    """Every node whose value depends on the values of `source` (its shape alone does not count)."""
-    found = {source}
-    for node in graph.nodes:
-        if node.target is not aten.sym_size.int and any(
-            operand in found for operand in node.all_input_nodes
-        ):
-            found.add(node)
-    return found
 
 
 def _structure(node: fx.Node, pre: fx.Node, by_tokens: set[fx.Node]) -> tuple[object, ...]:
@@ -176,7 +150,7 @@ def _structure(node: fx.Node, pre: fx.Node, by_tokens: set[fx.Node]) -> tuple[ob
 def _position_name(node: fx.Node) -> str:
     """A name for a tensor of positions that is equal wherever the same values are computed."""
     while node.target is aten.unsqueeze.default:
-        node = node.args[0]
+        node = operand(node, 0)
     return node.name
 
 
@@ -210,55 +184,3 @@ def _prove(graph: Graph, node: fx.Node, pre: fx.Node) -> Rope | Miss:
 def _is_low_precision(node: fx.Node) -> bool:
     value = node.meta["val"]
     return value.dtype.is_floating_point and value.dtype.itemsize < 4
-
-
-def fit_rotation(matrix: Callable[[int], Tensor]) -> Rope | Miss:
-    """The rotary embedding whose matrix at each probed position is `matrix(position)` [D, D], row i
-    the image of e_i.
-
-    Frequencies come from the angle at position 1, refined at doubled positions; the fit is then
-    checked at `PROBES`. A constant factor (YaRN's attention scaling) is allowed: shifting a key
-    never applies it again.
-    """
-    one = matrix(1)
-    turned = [
-        index
-        for index in range(len(one))
-        if not torch.equal(matrix(1000)[index], torch.eye(len(one)).double()[index])
-    ]
-    if not turned:
-        return Miss("the key is not rotated")
-    width = turned[-1] + 1
-    if width % 2:
-        return Miss(f"an odd number of channels ({width}) is rotated")
-    for style in ("half", "interleaved"):
-        first, second = _pairs(style, width)
-        angle = torch.atan2(one[first, second], one[first, first])
-        frequency = angle % (2 * math.pi)
-        for exponent in range(1, DOUBLINGS):
-            position = 2**exponent
-            here = matrix(position)
-            phase = torch.atan2(here[first, second], here[first, first])
-            turns = ((frequency * position - phase) / (2 * math.pi)).round()
-            frequency = (phase + 2 * math.pi * turns) / position
-        rope = Rope(style, tuple(frequency.tolist()))
-        factor = float(torch.linalg.vector_norm(one[first[0]]))
-        if all(_agrees(matrix(position), rope, position, factor) for position in PROBES):
-            return rope
-    return Miss("the key's path is linear but no rotation of pairs of channels")
-
-
-def _agrees(found: Tensor, rope: Rope, position: int, factor: float) -> bool:
-    """Whether `found` is the rotation by `position`, up to the rounding of an fp32 phase."""
-    first, second = _pairs(rope.style, rope.width)
-    phase = position * torch.tensor(rope.frequencies, dtype=torch.float64)
-    expected = torch.eye(len(found), dtype=torch.float64)
-    expected[first, first] = expected[second, second] = phase.cos() * factor
-    expected[first, second], expected[second, first] = phase.sin() * factor, -phase.sin() * factor
-    return bool((found - expected).abs().max() <= 1e-5 + 2.0**-21 * position)
-
-
-def _pairs(style: str, width: int) -> tuple[Tensor, Tensor]:
-    """The channels that turn together, as two index tensors."""
-    index = torch.arange(width // 2)
-    return (index, index + width // 2) if style == "half" else (2 * index, 2 * index + 1)

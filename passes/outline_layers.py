@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from kvfx.graph import Graph, Level, Miss, ancestors
+from kvfx.graph import Graph, Level, Miss, ancestors, dependents
 from kvfx.pass_manager import Pass, Statistics
 from kvfx.provenance import module_path, origin
 
@@ -53,7 +53,7 @@ class OutlineLayers(Pass):
 def _groups(graph: Graph) -> dict[fx.Node, str]:
     """The region of each node that has one: its layer, the prelude, or the epilogue."""
     groups = {node: layer for node in graph.nodes if _is_body(node) and (layer := _layer(node))}
-    after = _downstream(graph, set(groups))
+    after = dependents(graph, groups)
     before = ancestors(groups)
     for node in graph.nodes:
         if _is_body(node) and node not in groups and not (node in after and node in before):
@@ -62,7 +62,9 @@ def _groups(graph: Graph) -> dict[fx.Node, str]:
 
 
 def _is_body(node: fx.Node) -> bool:
-    """Whether a node computes tensors (sizes and weights stay outside, they are inputs of regions)."""
+    """Whether a node computes tensors (sizes and weights stay outside, they are inputs of
+    regions).
+    """
     return (
         node.op == "call_function"
         and node.target is not aten.sym_size.int
@@ -78,15 +80,6 @@ def _layer(node: fx.Node) -> str:
     path = mark.site if mark is not None else module_path(node).removeprefix("model.")
     found = LAYER.match(path)
     return found.group() if found else ""
-
-
-def _downstream(graph: Graph, sources: set[fx.Node]) -> set[fx.Node]:
-    """Every node that is computed from `sources`."""
-    found = set(sources)
-    for node in graph.nodes:
-        if any(operand in found for operand in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _order(graph: Graph, groups: dict[fx.Node, str]) -> list[fx.Node]:
@@ -194,23 +187,13 @@ def _structure(nodes: list[fx.Node], inputs: list[fx.Node]) -> tuple[object, ...
     """Equal for two regions exactly when one module can run both: same ops, constants, wiring and
     input shapes.
     """
-    names: dict[fx.Node, str] = {operand: f"input_{index}" for index, operand in enumerate(inputs)}
+    names: dict[fx.Node, str] = {operand: f"%input_{index}" for index, operand in enumerate(inputs)}
     rows: list[object] = [_shape(operand.meta.get("val")) for operand in inputs]
     for index, node in enumerate(nodes):
-        operands = fx.map_arg((node.args, node.kwargs), lambda operand: _Name(names[operand]))
+        operands = fx.map_arg((node.args, node.kwargs), names.__getitem__)
         rows.append((node.target, repr(operands)))
-        names[node] = f"node_{index}"
+        names[node] = f"%{index}"
     return tuple(rows)
-
-
-@dataclass(frozen=True)
-class _Name:
-    """An operand by its place in the region."""
-
-    name: str
-
-    def __repr__(self) -> str:
-        return self.name
 
 
 def _shape(value: object) -> object:

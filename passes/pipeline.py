@@ -32,7 +32,8 @@ class Target:
 def raise_passes() -> tuple[Pass, ...]:
     """CAPTURED to RAISED: once per model."""
     return (
-        # export leaves assertions, wrappers and no-ops behind: they hide patterns and keep dead code alive
+        # export leaves assertions, wrappers and no-ops behind: they hide patterns and keep dead
+        # code alive
         Canonicalize(),
         # one op per attention, with K and V before they are repeated for grouped queries
         MatchAttention(),
@@ -50,7 +51,8 @@ def program_passes(program: str, plan: Plan, target: Target) -> tuple[Pass, ...]
         *((SpecializeRows(rows=1),) if program == "decode" else ()),
         # the cache enters the graph here, and only here
         InsertCache(plan, program),
-        # one row through a linear layer is bound by memory: let Inductor fuse it instead of calling a GEMM
+        # one row through a linear layer is bound by memory: let Inductor fuse it instead of
+        # calling a GEMM
         *((StreamWeights(),) if program == "decode" and target.inductor_cpu else ()),
         # from here on each op says who runs it
         SelectBackend(target.backend),

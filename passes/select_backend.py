@@ -36,7 +36,8 @@ class SelectBackend(Pass):
                 mark = origin(node)
                 where = mark.site if mark is not None and mark.site else "the model"
                 raise UnsupportedShape(
-                    f"{where}: kvfx.{name} has no backend {self.backend!r}: choose one of {', '.join(BACKENDS)}, or 'auto'"
+                    f"{where}: kvfx.{name} has no backend {self.backend!r}: choose one of "
+                    f"{', '.join(BACKENDS)}, or 'auto'"
                 )
             node.target = overload(name, self.backend)
             stats.hit(f"{name}.{self.backend}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.fx.node import Argument
 from torch.utils import _pytree as pytree
 
 from kvfx.graph import Graph, Level, fake_mode
@@ -32,23 +33,29 @@ class SpecializeRows(Pass):
     produces: ClassVar[Level] = Level.RAISED
 
     def run(self, graph: Graph, stats: Statistics) -> None:
-        """Replace what counts rows by the constant, in the graph and in the shapes of its values."""
-        symbols = (
-            graph.input("input_ids").meta["val"].shape[1],
-            graph.input("logits_index").meta["val"].shape[0],
-        )
+        """Replace what counts rows by the constant, in the graph and in the shapes of its
+        values.
+        """
+        inputs = graph.input("input_ids"), graph.input("position_ids")
+        symbols = (inputs[0].meta["val"].shape[1], graph.input("logits_index").meta["val"].shape[0])
         rows = {symbol.node.expr: self.rows for symbol in symbols}
-        for name in ("input_ids", "position_ids"):
-            for user in list(graph.input(name).users):
-                if user.target is aten.sym_size.int and user.args[1] == 1:
-                    user.replace_all_uses_with(self.rows)
-                    graph.module.graph.erase_node(user)
-                    stats.hit("row-count")
+        for counter in [user for node in inputs for user in node.users if _counts_rows(user)]:
+            for reader in list(counter.users):
+                reader.args = _replaced(reader.args, counter, self.rows)
+            graph.module.graph.erase_node(counter)
+            stats.hit("row-count")
         for node in graph.nodes:
             if "val" in node.meta:
-                node.meta["val"] = pytree.tree_map_only(
-                    Tensor, lambda value: _narrowed(value, rows), node.meta["val"]
-                )
+                value = node.meta["val"]
+                node.meta["val"] = pytree.tree_map_only(Tensor, lambda t: _narrowed(t, rows), value)
+
+
+def _counts_rows(node: fx.Node) -> bool:
+    return node.target is aten.sym_size.int and node.args[1:] == (1,)
+
+
+def _replaced(args: tuple[Argument, ...], old: fx.Node, new: int) -> tuple[Argument, ...]:
+    return cast(tuple[Argument, ...], fx.map_arg(args, lambda node: new if node is old else node))
 
 
 def _narrowed(value: Tensor, rows: Mapping[sympy.Expr, int]) -> Tensor:

@@ -44,11 +44,11 @@ def attend_rows(
     """
     keys, values = torch.cat((k_past, k), 2), torch.cat((v_past, v), 2)
     kv_heads, heads = k.shape[1], q.shape[1]
-    past = live[:, :, None]
+    past = live[:, :, None] & (position_ids >= 0)[:, None, :, None]
     out = []
     for rows in torch.arange(q.shape[2], device=q.device).split(BLOCK):
         own = visible(position_ids[:, rows], position_ids)[:, None].expand(-1, kv_heads, -1, -1)
-        seen = torch.cat((past.expand(-1, -1, len(rows), -1), own), -1)
+        seen = torch.cat((past[:, :, rows], own), -1)
         out.append(masked_attention(q[:, :, rows], keys, values, seen, scale, heads // kv_heads))
     return rows_outermost(torch.cat(out, 2))
 

@@ -98,7 +98,9 @@ def extend(
     scale: float,
     window: int,
 ) -> Tensor:
-    """Attention of S rows over the ring and over themselves, before they are stored: [B, H, S, Dv]."""
+    """Attention of S rows over the ring and over themselves, before they are stored: [B, H, S,
+    Dv].
+    """
     del length
     keys, values = torch.cat((k_cache, k), 2), torch.cat((v_cache, v), 2)
     key_position = torch.cat((position.long(), position_ids), 1)

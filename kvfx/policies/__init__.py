@@ -7,6 +7,7 @@ import difflib
 from kvfx.errors import PolicyError
 from kvfx.policies.full import Full
 from kvfx.policies.kivi import KIVI
+from kvfx.policies.parse import parse_policy
 from kvfx.policies.per_layer import PerLayer
 from kvfx.policies.streaming_llm import StreamingLLM
 from kvfx.policies.window_ring import WindowRing
@@ -38,9 +39,15 @@ __all__ = [
 
 
 def policy_named(name: str) -> Policy:
-    """The preset called `name`; an unknown name raises a PolicyError with the nearest ones."""
+    """The preset called `name`, or the policy that an expression such as `KIVI(bits=4)` spells.
+
+    An unknown name raises a PolicyError with the nearest ones.
+    """
     if name in PRESETS:
         return PRESETS[name]
+    methods = {method.__name__: method for method in METHODS}
+    if "(" in name or name in methods:
+        return parse_policy(name, methods)
     near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
     hint = (
         f"did you mean {' or '.join(map(repr, near))}?"

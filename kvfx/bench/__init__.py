@@ -1,0 +1,1 @@
+"""Measurements that users can repeat: correctness first, then time and bytes of every contender."""

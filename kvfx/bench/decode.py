@@ -1,0 +1,319 @@
+"""Decode speed of every contender at several context lengths, measured side by side."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvfx.bench.contenders import (
+    HF_DEFAULT,
+    Contender,
+    Generated,
+    hf_default,
+    hf_static,
+    kvfx_under,
+)
+
+from kvfx.report import aligned
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# tokens that have to be right before anything is timed
+CHECKED = 8
+# characters of prose that hold at least one token
+CHARACTERS = 8
+HEADER = (
+    "context",
+    "contender",
+    "ms/token",
+    "p25-p75",
+    "vs HF",
+    "prefill ms",
+    "cache MiB",
+    "compress s",
+    "first call s*",
+)
+FOOTNOTE = (
+    "vs HF: time per token as a multiple of HF default's, below 1 is faster\n"
+    "* the very first prefill and decode step, in which torch.compile works"
+)
+KVFX_EXACT = "kvfx full"
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one length; times in milliseconds per token, `ratio` to HF's default.
+
+    `refusal` says why it was not timed. `cold_seconds` is the first prefill and decode of the
+    contender with everything compiled.
+    """
+
+    contender: str
+    length: int
+    median_ms: float | None
+    p25_ms: float | None
+    p75_ms: float | None
+    ratio: float | None
+    prefill_ms: float | None
+    compress_seconds: float
+    cold_seconds: float
+    cache_bytes: int | None
+    refusal: str
+
+
+@dataclass(frozen=True)
+class DecodeBench:
+    """All rows, and where they were measured."""
+
+    model: str
+    device: str
+    dtype: str
+    threads: int
+    versions: dict[str, str]
+    cold_compile: bool
+    rounds: int
+    new_tokens: int
+    rows: tuple[Row, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything as json-able data."""
+        return asdict(self)
+
+    def headline(self) -> str:
+        """Where and how this was measured, in two lines."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        cache = "an empty" if self.cold_compile else "the user's (maybe warm)"
+        return (
+            f"{self.model} in {self.dtype} on {self.device}, {self.threads} threads; {versions}\n"
+            f"batch 1, greedy, {self.rounds} interleaved rounds of {self.new_tokens} tokens, real "
+            f"text; compiled with {cache} Inductor cache"
+        )
+
+    def __str__(self) -> str:
+        table = [HEADER, *(_cells(row) for row in self.rows)]
+        lines = [self.headline(), *aligned(table, right=range(2, len(HEADER))), FOOTNOTE]
+        lines += [
+            f"not timed: {row.contender} at {row.length}: {row.refusal}"
+            for row in self.rows
+            if row.refusal
+        ]
+        return "\n".join(lines)
+
+
+def bench_decode(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    lengths: Sequence[int],
+    policies: Sequence[str],
+    new_tokens: int,
+    rounds: int,
+    compile: bool,
+    cold: bool,
+    tell: Callable[[str], None],
+) -> DecodeBench:
+    """Time HF's default, HF's static cache, and kvfx under `policies` in turns, at each length.
+
+    Every contender is checked against HF's default first, and refused with a reason where it is
+    wrong or cannot run. `tell` is told what happens.
+    """
+    # the static cache comes last: the ways that have to work are known to work before it is tried
+    makers: list[Callable[[], Contender]] = [lambda: hf_default(model)]
+    for policy in policies:
+        makers.append(lambda policy=policy: kvfx_under(model, policy, compile=compile))
+    if compile:
+        makers.append(lambda: hf_static(model))
+    rows: list[Row] = []
+    with _inductor_cache(cold):
+        contenders: list[Contender] = []
+        for number, make in enumerate(makers, 1):
+            tell(f"preparing contender {number} of {len(makers)}")
+            contenders.append(make())
+        for length in lengths:
+            ids = text_ids(tokenizer, length).to(model.device)
+            rows += _bench_length(contenders, ids, new_tokens, rounds, tell)
+    return DecodeBench(
+        model=name,
+        device=_device(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        versions=_versions(),
+        cold_compile=cold,
+        rounds=rounds,
+        new_tokens=new_tokens,
+        rows=tuple(rows),
+    )
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+    """`length` tokens of prose [1, S]; the passages repeat where they are not long enough."""
+    from kvfx.testing.text import passages
+
+    text = " ".join(passages())[: CHARACTERS * length]
+    ids = list(tokenizer(text)["input_ids"])
+    repeats = -(-length // len(ids))
+    return torch.tensor([(ids * repeats)[:length]])
+
+
+def _bench_length(
+    contenders: Sequence[Contender],
+    ids: Tensor,
+    new_tokens: int,
+    rounds: int,
+    tell: Callable[[str], None],
+) -> list[Row]:
+    length = ids.shape[1]
+    expected: Generated | None = None
+    for contender in contenders:
+        tell(f"{length} tokens: checking {contender.name}")
+        found = _try(contender, ids)
+        expected = found if expected is None else expected
+        if found is not None and expected is not None:
+            reason = _wrong(contender.name, found, expected)
+            contender.refused.update({length: reason} if reason else {})
+    racing = [contender for contender in contenders if length not in contender.refused]
+    runs: dict[str, list[Generated]] = {contender.name: [] for contender in racing}
+    for number in range(rounds):
+        # each round starts with another one, so that no contender is always the first
+        turn = number % len(racing)
+        for contender in racing[turn:] + racing[:turn]:
+            tell(f"{length} tokens: round {number + 1} of {rounds}, {contender.name}")
+            runs[contender.name].append(contender.generate(ids, new_tokens + 1))
+    dense = _median_ms(runs[HF_DEFAULT])
+    return [
+        _row(contender, length, runs.get(contender.name, []), dense) for contender in contenders
+    ]
+
+
+def _try(contender: Contender, ids: Tensor) -> Generated | None:
+    """The first tokens of a contender; None where it cannot run, with the reason noted.
+
+    HF's default has to run: what it raises is the user's to see.
+    """
+    length = ids.shape[1]
+    if contender.refusal:
+        contender.refused[length] = contender.refusal
+        return None
+    try:
+        if not contender.cold_seconds:
+            first = contender.generate(ids, 2)
+            contender.cold_seconds = first.clock.times[2] - first.clock.times[0]
+        return contender.generate(ids, CHECKED)
+    except Exception as error:
+        if contender.name == HF_DEFAULT:
+            raise
+        # code of others may fail in any way: the row says how
+        said = str(error).strip() or "no message"
+        contender.refusal = f"cannot run: {type(error).__name__}: {said.splitlines()[0]}"
+        contender.refused[length] = contender.refusal
+        return None
+
+
+def _wrong(name: str, found: Generated, expected: Generated) -> str:
+    """Why a contender must not be timed: its tokens or logits are wrong; "" where they are not."""
+    exact = name == KVFX_EXACT or not name.startswith("kvfx ")
+    if not bool(torch.isfinite(found.logits).all()):
+        return "wrong: logits are not finite"
+    if found.tokens[0] != expected.tokens[0]:
+        return "wrong: its first token is not the dense model's"
+    if exact and found.tokens != expected.tokens:
+        return f"wrong: its {CHECKED} greedy tokens are not the dense model's"
+    return ""
+
+
+def _row(contender: Contender, length: int, runs: Sequence[Generated], dense: float) -> Row:
+    if not runs:
+        return Row(
+            contender.name,
+            length,
+            *(None,) * 5,
+            compress_seconds=contender.compress_seconds,
+            cold_seconds=contender.cold_seconds,
+            cache_bytes=None,
+            refusal=contender.refused[length],
+        )
+    p25, median, p75 = statistics.quantiles(_steps_ms(runs), n=4, method="inclusive")
+    return Row(
+        contender.name,
+        length,
+        median,
+        p25,
+        p75,
+        ratio=median / dense,
+        prefill_ms=1e3 * statistics.median(run.clock.first for run in runs),
+        compress_seconds=contender.compress_seconds,
+        cold_seconds=contender.cold_seconds,
+        cache_bytes=runs[-1].cache_bytes,
+        refusal="",
+    )
+
+
+def _steps_ms(runs: Sequence[Generated]) -> list[float]:
+    return [1e3 * step for run in runs for step in run.clock.steps]
+
+
+def _median_ms(runs: Sequence[Generated]) -> float:
+    return statistics.median(_steps_ms(runs))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    compress = f"{row.compress_seconds:.1f}" if row.compress_seconds else "-"
+    cold = f"{row.cold_seconds:.1f}" if row.cold_seconds else "-"
+    if row.median_ms is None or row.cache_bytes is None:
+        return (str(row.length), row.contender, *("-",) * 5, compress, cold)
+    return (
+        str(row.length),
+        row.contender,
+        f"{row.median_ms:.1f}",
+        f"{row.p25_ms:.1f}-{row.p75_ms:.1f}",
+        f"{row.ratio:.2f}x",
+        f"{row.prefill_ms:,.0f}",
+        f"{row.cache_bytes / 2**20:.1f}",
+        compress,
+        cold,
+    )
+
+
+@contextmanager
+def _inductor_cache(cold: bool) -> Iterator[None]:
+    """Let Inductor start from an empty cache of its own, if `cold`; the user's is left alone."""
+    if not cold:
+        yield
+        return
+    before = os.environ.get(CACHE_VARIABLE)
+    with tempfile.TemporaryDirectory(prefix="kvfx-bench-", ignore_cleanup_errors=True) as folder:
+        os.environ[CACHE_VARIABLE] = folder
+        try:
+            yield
+        finally:
+            del os.environ[CACHE_VARIABLE]
+            if before is not None:
+                os.environ[CACHE_VARIABLE] = before
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

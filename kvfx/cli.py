@@ -1,0 +1,428 @@
+"""The command line: `kvfx run | chat | explain | policies | opt | bench`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from kvfx.errors import InputError, KvfxError
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+    from kvfx.model import CompressedCache, CompressedModel
+    from kvfx.report import Report
+
+# stands for a reply where a chat template is rendered to see what follows one
+REPLY = "kvfx-reply"
+# tokens at which `run` and `chat` say what the cache would weigh
+LONG = 4096
+
+
+class Commands(TyperGroup):
+    """Commands whose KvfxError ends the program with one line and exit code 1."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KvfxError as error:
+            message = Text(f"error: {error}", style="red")
+            Console(stderr=True).print(message, soft_wrap=True)
+            raise typer.Exit(1) from error
+
+
+class Printing(str, Enum):
+    """What `kvfx opt` prints."""
+
+    after_all = "after-all"
+    after_change = "after-change"
+    diff = "diff"
+    statistics = "statistics"
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="Compress the KV cache of a HuggingFace decoder by rewriting its graph.",
+)
+bench = typer.Typer(no_args_is_help=True, help="Measure, side by side and checked first.")
+app.add_typer(bench, name="bench")
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A model folder, a .gguf file, or smollm2.", show_default=False)
+]
+PolicyOption = Annotated[
+    str,
+    typer.Option(
+        "--policy",
+        "-p",
+        help="A preset (see: kvfx policies), or an expression: "
+        "'StreamingLLM(budget=0.25) | KIVI(bits=4)'.",
+    ),
+]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)]
+TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+CompileOption = Annotated[bool, typer.Option("--compile/--no-compile", help="Use torch.compile.")]
+VerifyOption = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Prove the rewrite on random tokens first.")
+]
+MaxLengthOption = Annotated[
+    int | None, typer.Option(min=1, help="Most tokens of a conversation.", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def main() -> None:
+    """Run the command line; the entry point of the `kvfx` program."""
+    app(prog_name="kvfx")
+
+
+@app.command()
+def run(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.", show_default=False)],
+    policy: PolicyOption = "k8v4",
+    max_new_tokens: TokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    compile: CompileOption = True,
+    verify: VerifyOption = True,
+    max_length: MaxLengthOption = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not use the chat template.")] = False,
+) -> None:
+    """Generate from a compressed cache, then print what was done, how fast, and what it weighs."""
+    source, tokenizer = _load(model)
+    templated = tokenizer.chat_template is not None and not raw
+    if templated:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+    fast = _compress(source, policy, compile=compile, verify=verify, max_length=max_length)
+    ids = tokenizer(prompt, add_special_tokens=not templated, return_tensors="pt")["input_ids"]
+    if ids.shape[1] == 0:
+        raise InputError("the prompt has no tokens: say something")
+    cache = fast.new_cache()
+    _, clock = _stream(fast, tokenizer, ids, cache, max_new_tokens, temperature)
+    console = _screen()
+    console.print()
+    _show(fast.report)
+    console.print(_speed(clock))
+    console.print(_weight(fast, cache))
+
+
+@app.command()
+def chat(
+    model: ModelArgument,
+    policy: PolicyOption = "k8v4",
+    max_new_tokens: TokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    compile: CompileOption = True,
+    verify: VerifyOption = True,
+    max_length: MaxLengthOption = None,
+) -> None:
+    """Talk on one cache, turn after turn; /exit or Ctrl-D ends it."""
+    import torch
+
+    source, tokenizer = _load(model)
+    if tokenizer.chat_template is None:
+        raise InputError(f"{model!r} has no chat template: use `kvfx run --raw`")
+    fast = _compress(source, policy, compile=compile, verify=verify, max_length=max_length)
+    console, cache = _screen(), fast.new_cache()
+    console.print(f"[dim]{fast.report.headline()}\n/exit or Ctrl-D ends the chat[/]")
+    said: torch.Tensor | None = None
+    for line in _lines(console):
+        text = _turn(tokenizer, line, said)
+        new = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = new if said is None else torch.cat((said, new.to(said.device)), 1)
+        said, clock = _stream(fast, tokenizer, ids, cache, max_new_tokens, temperature)
+        console.print(f"[dim]{_weight(fast, cache)}; {_speed(clock)}[/]")
+
+
+@app.command()
+def explain(
+    model: ModelArgument, policy: PolicyOption = "k8v4", as_json: JsonOption = False
+) -> None:
+    """Say what compress would do, site by site, without compiling or running anything."""
+    import kvfx
+
+    source, _ = _load(model)
+    with _status("capturing and rewriting"):
+        report = kvfx.explain(source, policy)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _show(report)
+
+
+@app.command()
+def policies() -> None:
+    """List the methods and the presets."""
+    import inspect
+
+    from rich import box
+    from rich.table import Table
+
+    from kvfx.policies import METHODS, PRESETS
+    from kvfx.report import short_policy
+
+    methods = Table("method", "role", "result", box=box.SIMPLE_HEAD, title="Methods")
+    methods.add_column("paper", no_wrap=True)
+    for method in METHODS:
+        summary = (inspect.getdoc(method) or "").split("\n\n")[0].replace("\n", " ")
+        # the paper has a column of its own
+        summary = summary.split(" (http")[0].rstrip(".")
+        role = getattr(method, "role", "any")
+        methods.add_row(
+            method.__name__, role, summary, method.paper.removeprefix("https://") or "-"
+        )
+    presets = Table("preset", "policy", box=box.SIMPLE_HEAD, title="Presets")
+    for name, preset in PRESETS.items():
+        presets.add_row(name, short_policy(preset))
+    console = _screen()
+    console.print(methods)
+    console.print(presets)
+
+
+@app.command()
+def opt(
+    model: ModelArgument,
+    passes: Annotated[
+        str, typer.Option(help="Passes in order, separated by commas.")
+    ] = "canonicalize,match-attention,match-masks,match-rope",
+    printing: Annotated[Printing, typer.Option("--print", help="What to show.")] = Printing.diff,
+) -> None:
+    """Run raising passes on the captured graph and print what each did, as canonical text."""
+    from kvfx.capture import capture
+    from kvfx.pass_manager import Trail, run_passes
+    from kvfx.passes.pipeline import raise_passes
+    from kvfx.policies.parse import nearest
+
+    known = {step.name: step for step in raise_passes()}
+    chosen = [name.strip() for name in passes.split(",") if name.strip()]
+    for name in chosen:
+        if name not in known:
+            raise InputError(f"there is no raising pass {name!r}: {nearest(name, known)}")
+    source, _ = _load(model)
+    trail = Trail()
+    with _status("capturing"):
+        graph = capture(source)
+    with _status("running passes"):
+        run_passes(graph, [known[name] for name in chosen], trail)
+    for step in trail.steps:
+        changed = step.before != step.after
+        if printing is Printing.diff:
+            typer.echo(step.diff() or f"// {step.name} changes nothing")
+        if printing is Printing.after_all or (printing is Printing.after_change and changed):
+            typer.echo(f"// after {step.name}\n{step.after}")
+    typer.echo(trail, err=printing is not Printing.statistics)
+
+
+@bench.command()
+def decode(
+    model: Annotated[
+        str, typer.Option(help="A model folder, a .gguf file, or smollm2.")
+    ] = "smollm2",
+    lengths: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "512,4096",
+    policies: Annotated[
+        str, typer.Option(help="Policies, separated by commas outside of brackets.")
+    ] = "full,kivi-4bit,streaming-25%",
+    new_tokens: Annotated[int, typer.Option(min=2, help="Timed tokens per round.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every contender.")] = 3,
+    compile: CompileOption = True,
+    cold: Annotated[
+        bool, typer.Option("--cold/--warm", help="Compile into an empty Inductor cache.")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Time decoding: HF's default, HF's static cache, and kvfx under each policy, in turns."""
+    from kvfx.bench.decode import bench_decode
+    from kvfx.policies import policy_named
+
+    names = _split(policies)
+    for name in names:
+        policy_named(name)
+    sizes = _sizes(lengths)
+    source, tokenizer = _load(model)
+    with _status("preparing") as status:
+        result = bench_decode(
+            model,
+            source,
+            tokenizer,
+            lengths=sizes,
+            policies=names,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            compile=compile,
+            cold=cold,
+            tell=status.update,
+        )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        typer.echo(result)
+
+
+def _load(model: str) -> tuple[Any, Any]:
+    """The model and its tokenizer, with gradients off."""
+    from kvfx import models
+
+    source, tokenizer = models.load(model)
+    return source.requires_grad_(False), tokenizer
+
+
+def _compress(
+    source: Any, policy: str, *, compile: bool, verify: bool, max_length: int | None
+) -> CompressedModel:
+    import kvfx
+
+    with _status(f"capturing, rewriting{' and verifying' if verify else ''}"):
+        return kvfx.compress(source, policy, compile=compile, verify=verify, max_length=max_length)
+
+
+def _stream(
+    fast: CompressedModel,
+    tokenizer: Any,
+    ids: Any,
+    cache: CompressedCache,
+    max_new_tokens: int,
+    temperature: float,
+) -> tuple[Any, Any]:
+    """Write tokens to stdout as they come: the whole sequence [1, S], and when tokens came."""
+    from transformers import TextStreamer
+
+    from kvfx.bench.clock import Clock
+
+    text = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    with _status("reading the prompt (the first run compiles)") as status:
+        clock = Clock(_then(status, text.put))
+        ids = fast.generate(
+            ids.to(fast.device),
+            attention_mask=ids.new_ones(ids.shape).to(fast.device),
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            streamer=clock,
+            **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+        )
+        text.end()
+    return ids, clock
+
+
+def _then(status: Status, put: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Clear the status line when the first token is there, then write tokens."""
+    seen = 0
+
+    def show(value: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 2:
+            status.stop()
+        put(value)
+
+    return show
+
+
+def _lines(console: Console) -> Iterator[str]:
+    """What the user types, until /exit or the end of input."""
+    while True:
+        try:
+            line = console.input("[bold]> [/]").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if line == "/exit":
+            return
+        if line:
+            yield line
+
+
+def _turn(tokenizer: Any, line: str, said: Any) -> str:
+    """The user's turn as the chat template writes it, after what closes the last reply."""
+    user = {"role": "user", "content": line}
+    if said is None:
+        messages = [user]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    messages = [{"role": "user", "content": "-"}, {"role": "assistant", "content": REPLY}, user]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    closing = text.partition(REPLY)[2]
+    # the model closed its reply itself, unless it ran out of tokens
+    return closing.removeprefix(tokenizer.decode(said[0, -1]))
+
+
+def _speed(clock: Any) -> str:
+    """Tokens and their pace, the compilation of the first ones left out by the median."""
+    count = len(clock.times) - 1
+    text = f"{count} tokens; first after {clock.first:.1f} s"
+    if not clock.steps:
+        return text
+    step = statistics.median(clock.steps)
+    return f"{text}, then {1e3 * step:.0f} ms each ({1 / step:.1f} tokens/s, median)"
+
+
+def _weight(fast: CompressedModel, cache: CompressedCache) -> str:
+    """Measured bytes of the cache, beside those of a dense one; and of both at a long context."""
+    tokens, dense = cache.get_seq_length(), fast.report.before
+    return (
+        f"cache {_mib(cache.nbytes())} for {tokens:,} tokens (dense {_mib(dense * tokens)}); "
+        f"at {LONG:,} tokens {_mib(fast.memory(1, LONG))} (dense {_mib(dense * LONG)})"
+    )
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def _split(text: str) -> list[str]:
+    """The parts between commas that stand outside of all brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _sizes(text: str) -> Sequence[int]:
+    sizes = [part.strip() for part in text.split(",")]
+    if not all(size.isdecimal() and int(size) > 1 for size in sizes):
+        raise InputError(f"--lengths {text!r}: expected integers above 1, separated by commas")
+    return [int(size) for size in sizes]
+
+
+def _show(report: Report) -> None:
+    """The report: drawn on a terminal, plain where the output is a file."""
+    console = _screen()
+    if console.is_terminal:
+        console.print(report.render())
+    else:
+        typer.echo(report)
+
+
+def _print_json(document: object) -> None:
+    typer.echo(json.dumps(document, indent=2))
+
+
+def _screen() -> Console:
+    """Where results go; lines are not wrapped where the output is a file."""
+    return Console(soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _status(what: str) -> Iterator[Status]:
+    """Show on a terminal what takes time; silent anywhere else."""
+    with Console(file=sys.stderr).status(what) as status:
+        yield status

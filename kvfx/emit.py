@@ -1,0 +1,147 @@
+"""How a pass adds the ops and the buffers of one site to a program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import fx
+from torch.fx.node import Argument
+
+from kvfx.cache import BATCH, CAPACITY, Buffer
+from kvfx.graph import Graph, call, fake_mode
+from kvfx.ops import overload
+from kvfx.plan import SitePlan
+from kvfx.provenance import Stamp
+
+HINT = 512
+
+
+@dataclass(frozen=True)
+class Emitter:
+    """Adds stamped nodes for one site at the insertion point of its graph.
+
+    `buffers` are the site's inputs in the order of `Store.buffers`; `tokens` is the input with the
+    prompt lengths that budgets refer to, where the program has one.
+    """
+
+    graph: Graph
+    plan: SitePlan
+    buffers: tuple[fx.Node, ...]
+    tokens: fx.Node | None
+    by: str
+
+    @property
+    def mark(self) -> Stamp:
+        """The stamp of everything that is added: the site and the methods of its plan."""
+        return Stamp(self.plan.site.name, self.plan.methods, self.by)
+
+    @property
+    def position_ids(self) -> fx.Node:
+        """The positions of the program's rows [B, S]."""
+        return self.graph.input("position_ids")
+
+    @property
+    def length(self) -> fx.Node:
+        """The buffer that counts live entries."""
+        return self.buffers[list(self.plan.store.buffers(self.plan.site)).index("length")]
+
+    def call(self, target: Callable[..., object], *args: Argument) -> fx.Node:
+        """One node that is not a kvfx op."""
+        return call(self.graph, target, args, self.mark)
+
+    def op(self, name: str, *args: Argument, **attributes: Argument) -> fx.Node:
+        """One kvfx op by name."""
+        return call(self.graph, overload(name), args, self.mark, **attributes)
+
+    def room(self, verb: str, *rows: Argument, **attributes: Argument) -> fx.Node:
+        """One op of the store's room: rows, then the buffers, then the store's attributes."""
+        store = self.plan.store
+        attributes = {**attributes, **store.attributes(self.plan.site)}
+        return self.op(f"{verb}_{store.room}", *rows, *self.buffers, **attributes)
+
+    def rows(self, keep: fx.Node) -> fx.Node:
+        """What tells the store which rows to write."""
+        return keep if self.plan.store.rows == "keep" else self.position_ids
+
+    def live(self) -> fx.Node:
+        """The rows that are not padding."""
+        return self.op("live_rows", self.position_ids, kv_heads=self.plan.site.kv_heads)
+
+    def frequencies(self) -> fx.Node:
+        """The rotary frequencies of the site as a constant of the graph."""
+        site = self.plan.site
+        assert site.rope is not None
+        name = f"frequencies_{site.index}"
+        values = torch.tensor(site.rope.frequencies, dtype=torch.float32, device=site.device)
+        self.graph.module.register_buffer(name, values)
+        node = self.graph.module.graph.get_attr(name)
+        mode = fake_mode(self.graph.input("position_ids").meta["val"])
+        assert mode is not None
+        node.meta["val"] = mode.from_tensor(values, static_shapes=True)
+        return node
+
+
+def add_tokens_input(graph: Graph) -> fx.Node:
+    """The input `prompt_tokens` [B]: tokens of the prompt that budgets refer to."""
+    return _add_input(graph, "prompt_tokens", graph.input("position_ids").meta["val"][:, 0])
+
+
+def add_buffer_inputs(graph: Graph, plan: SitePlan) -> tuple[fx.Node, ...]:
+    """One input per buffer of the site, with symbolic batch and capacity."""
+    prefix, positions = f"site_{plan.site.index}", graph.input("position_ids").meta["val"]
+    mode = fake_mode(positions)
+    assert mode is not None
+    sizes: dict[object, torch.SymInt] = {
+        BATCH: positions.shape[0],
+        CAPACITY: _symbol(mode, f"{prefix}_capacity", HINT),
+    }
+    nodes = []
+    for name, buffer in plan.store.buffers(plan.site).items():
+        shape = _symbolic_shape(buffer, sizes, mode, f"{prefix}_{name}")
+        with mode:
+            value = torch.empty(shape, dtype=buffer.dtype, device=plan.site.device)
+        nodes.append(_add_input(graph, f"{prefix}_{name}", value))
+    return tuple(nodes)
+
+
+def _symbolic_shape(
+    buffer: Buffer,
+    sizes: dict[object, torch.SymInt],
+    mode: torch._subclasses.FakeTensorMode,
+    name: str,
+) -> list[int | torch.SymInt]:
+    """The shape of a buffer, where an expression in the capacity becomes a size of its own."""
+    hints = buffer.sizes(int(sizes[BATCH].node.hint), HINT)
+    return [
+        sizes[extent]
+        if extent in sizes
+        else hint
+        if isinstance(extent, int)
+        else _symbol(mode, f"{name}_{axis}", hint)
+        for axis, (extent, hint) in enumerate(zip(buffer.shape, hints, strict=True))
+    ]
+
+
+def _symbol(mode: torch._subclasses.FakeTensorMode, name: str, hint: int) -> torch.SymInt:
+    """A fresh size that is only known at run time."""
+    # these modules load the whole of Dynamo, which takes seconds: not at import
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    environment = mode.shape_env
+    assert environment is not None
+    source = ConstantSource(name)
+    symbol = environment.create_symbol(hint, source, DimDynamic.DYNAMIC)
+    return cast(torch.SymInt, environment.create_symintnode(symbol, hint=hint, source=source))
+
+
+def _add_input(graph: Graph, name: str, value: object) -> fx.Node:
+    """A new input after the existing ones."""
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.module.graph.inserting_after(last):
+        node = graph.module.graph.placeholder(name)
+    node.meta["val"] = value
+    return node
