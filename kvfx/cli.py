@@ -375,13 +375,13 @@ def _weight(fast: CompressedModel, cache: CompressedCache) -> str:
     """Measured bytes of the cache, beside those of a dense one; and of both at a long context."""
     tokens, dense = cache.get_seq_length(), fast.report.before
     return (
-        f"cache {_mib(cache.nbytes())} for {tokens:,} tokens (dense {_mib(dense * tokens)}); "
-        f"at {LONG:,} tokens {_mib(fast.memory(1, LONG))} (dense {_mib(dense * LONG)})"
+        f"cache {_bytes(cache.nbytes())} allocated for {tokens:,} tokens (dense {_bytes(dense * tokens)}); "
+        f"at {LONG:,} tokens {_bytes(fast.memory(1, LONG))} (dense {_bytes(dense * LONG)})"
     )
 
 
-def _mib(count: float) -> str:
-    return f"{count / 2**20:.1f} MiB"
+def _bytes(count: float) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def _split(text: str) -> list[str]:

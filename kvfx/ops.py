@@ -114,7 +114,7 @@ KIVI = (
     "Tensor(f!) v_zeros, Tensor(g!) k_residual, Tensor(h!) v_residual, Tensor(i!) length, "
     "Tensor(j!) k_quantized, Tensor(k!) v_quantized"
 )
-KIVI_ATTRIBUTES = "int k_bits, int v_bits, int group_size, int residual, str mode"
+KIVI_ATTRIBUTES = "int k_bits, int v_bits, int group_size, int residual, str rule"
 
 
 def _read(buffers: str) -> str:

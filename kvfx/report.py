@@ -86,8 +86,8 @@ class Report:
         return {**asdict(self), "bytes_per_token": totals}
 
     def __str__(self) -> str:
-        table = aligned([COLUMNS, *self._rows(), self._total()], right=(len(COLUMNS) - 1,))
-        return "\n".join([self.headline(), *table, FOOTNOTE, *self.remarks()])
+        table = aligned([COLUMNS, *self._rows()], right=(len(COLUMNS) - 1,))
+        return "\n".join([self.headline(), *table, *self.remarks()])
 
     def render(self) -> Table:
         """The same table for a terminal."""
@@ -96,15 +96,19 @@ class Report:
 
         table = Table(
             title=self.headline(),
-            caption="\n".join([FOOTNOTE, *self.remarks()]),
+            caption="\n".join(self.remarks()),
             box=box.SIMPLE_HEAD,
-            show_footer=True,
+            padding=0,
+            title_style="bold",
             title_justify="left",
             caption_justify="left",
         )
-        for name, total in zip(COLUMNS, self._total(), strict=True):
-            right = name == COLUMNS[-1]
-            table.add_column(name, footer=total, justify="right" if right else "left")
+        for name in COLUMNS:
+            # what is left of the width is shared by policies and ops
+            wraps = name in ("policy", "decode ops")
+            table.add_column(
+                name, no_wrap=not wraps, justify="right" if name == COLUMNS[-1] else "left"
+            )
         for row in self._rows():
             table.add_row(*row)
         return table
@@ -118,15 +122,21 @@ class Report:
         )
 
     def remarks(self) -> list[str]:
-        """Notes and misses, equal ones folded."""
+        """What stands below the table: the total, how it was measured, and notes and misses with
+        equal ones folded.
+        """
         notes = [("note", site.name, site.note) for site in self.sites if site.note]
         misses = [(f"miss ({miss.by})", miss.at, miss.reason) for miss in self.misses]
         folded: dict[tuple[str, str], list[str]] = {}
         for kind, at, reason in notes + misses:
             folded.setdefault((kind, reason), []).append(at)
         return [
-            f"{kind}: {fold_names(at)}: {reason}" if any(at) else f"{kind}: {reason}"
-            for (kind, reason), at in folded.items()
+            self._total(),
+            FOOTNOTE,
+            *(
+                f"{kind}: {fold_names(at)}: {reason}" if any(at) else f"{kind}: {reason}"
+                for (kind, reason), at in folded.items()
+            ),
         ]
 
     def _rows(self) -> list[tuple[str, ...]]:
@@ -142,10 +152,12 @@ class Report:
             for key, names in folded.items()
         ]
 
-    def _total(self) -> tuple[str, ...]:
-        share = f"{100 * self.after / self.before:.0f}%"
-        sites = f"all {len(self.sites)} sites: {share} of dense"
-        return (sites, "", "", "", "", f"{self.before:,.0f} -> {self.after:,.0f}")
+    def _total(self) -> str:
+        share = 100 * self.after / self.before
+        return (
+            f"all {len(self.sites)} sites: {self.before:,.0f} -> {self.after:,.0f} bytes/token*, "
+            f"{share:.0f}% of dense"
+        )
 
 
 def make_report(

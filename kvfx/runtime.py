@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config
 
 from kvfx.errors import CapacityExceeded, UnsupportedOperation
 from kvfx.plan import Plan, Schedule, SitePlan
@@ -174,8 +175,8 @@ class Executor:
             position_ids = torch.cat((torch.full_like(position_ids, -1), position_ids), 1)
             logits_index = logits_index + 1
         extra = [self._tokens(state)] if program == "prefill" and state.plan.selects else []
-        logits = self.programs[program](
-            input_ids, position_ids, logits_index, *extra, *state.tensors()
+        logits = self._run(
+            program, input_ids, position_ids, logits_index, *extra, *state.tensors()
         )[0]
         state.next_position = torch.maximum(
             state.next_position, position_ids.amax(1, keepdim=True) + 1
@@ -187,7 +188,7 @@ class Executor:
         """Read one row [B, 1] that is nowhere padding: logits [B, 1, V]."""
         state.admit(1, [1] * state.batch, as_prompt=False)
         index = torch.zeros(1, dtype=torch.int64, device=input_ids.device)
-        logits = self.programs["decode"](input_ids, state.next_position, index, *state.tensors())[0]
+        logits = self._run("decode", input_ids, state.next_position, index, *state.tensors())[0]
         state.next_position = state.next_position + 1
         self._compact(state)
         return logits
@@ -196,8 +197,13 @@ class Executor:
         if not state.due():
             return
         extra = [self._tokens(state)] if state.plan.selects else []
-        self.programs["compact"](*extra, *state.tensors())
+        self._run("compact", *extra, *state.tensors())
         state.compacted()
+
+    def _run(self, program: str, *args: Tensor) -> tuple[Tensor, ...]:
+        # sizes that happen to be equal at the first call (rows and batch, say) are not one size
+        with _config.patch(use_duck_shape=False):
+            return self.programs[program](*args)
 
     def _tokens(self, state: State) -> Tensor:
         return torch.tensor(state.prompt_tokens, device=state.next_position.device)

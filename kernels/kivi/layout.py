@@ -114,9 +114,9 @@ class Schedule:
     v_block: int
 
 
-def schedule(group_size: int, residual: int, mode: str) -> Schedule:
+def schedule(group_size: int, residual: int, rule: str) -> Schedule:
     """The schedule of the published method ("kivi") or of one shared window ("window")."""
-    if mode == "kivi":
+    if rule == "kivi":
         return Schedule(k_ring=residual, k_block=residual, v_ring=residual + 1, v_block=1)
     ring = residual + group_size
     return Schedule(k_ring=ring, k_block=group_size, v_ring=ring, v_block=group_size)

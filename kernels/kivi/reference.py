@@ -39,10 +39,10 @@ from kvfx.kernels.kivi.rows import (
 
 def store(
     k: Tensor, v: Tensor, keep: Tensor, *buffers: Tensor,
-    k_bits: int, v_bits: int, group_size: int, residual: int, mode: str,
+    k_bits: int, v_bits: int, group_size: int, residual: int, rule: str,
 ) -> None:  # fmt: skip
     """Write the kept rows of k, v [B, K, S, D] as if they were appended and flushed one by one."""
-    has, due = Entries(*buffers), schedule(group_size, residual, mode)
+    has, due = Entries(*buffers), schedule(group_size, residual, rule)
     order, count = kept_first(keep)
     total = has.length.long() + count
 
@@ -75,14 +75,14 @@ def store(
 
 def append(
     k: Tensor, v: Tensor, keep: Tensor, *buffers: Tensor,
-    k_bits: int, v_bits: int, group_size: int, residual: int, mode: str,
+    k_bits: int, v_bits: int, group_size: int, residual: int, rule: str,
 ) -> None:  # fmt: skip
     """Write one row k, v [B, K, 1, D] behind the live entries.
 
     In kivi mode, the value that thereby falls out of its ring becomes codes.
     """
     del k_bits
-    has, due = Entries(*buffers), schedule(group_size, residual, mode)
+    has, due = Entries(*buffers), schedule(group_size, residual, rule)
     kept = keep[..., 0]
     if due.v_block == 1:
         full = kept & (has.length - has.v_quantized == due.v_ring)
@@ -97,10 +97,10 @@ def append(
 
 
 def flush(
-    *buffers: Tensor, k_bits: int, v_bits: int, group_size: int, residual: int, mode: str
+    *buffers: Tensor, k_bits: int, v_bits: int, group_size: int, residual: int, rule: str
 ) -> None:
     """Quantize the oldest block of every full ring; other rows and heads stay as they are."""
-    has, due = Entries(*buffers), schedule(group_size, residual, mode)
+    has, due = Entries(*buffers), schedule(group_size, residual, rule)
     full = has.length - has.k_quantized == due.k_ring
     tiles, tile = oldest_tiles(has.k_residual, has.k_quantized, due.k_block, group_size)
     codes, scale, zero = quantize_keys(tiles, k_bits)
@@ -121,11 +121,11 @@ def flush(
 
 def attend(
     q: Tensor, position_ids: Tensor, *buffers: Tensor, scale: float,
-    k_bits: int, v_bits: int, group_size: int, residual: int, mode: str,
+    k_bits: int, v_bits: int, group_size: int, residual: int, rule: str,
 ) -> Tensor:  # fmt: skip
     """Attention of one row q [B, H, 1, D] over the live entries, never unpacked: [B, H, 1, Dv]."""
     del position_ids
-    has, due = Entries(*buffers), schedule(group_size, residual, mode)
+    has, due = Entries(*buffers), schedule(group_size, residual, rule)
     # all but batch and tiles is static, also when traced with symbolic shapes
     kv_heads, head_dim = int(has.k_residual.shape[1]), int(has.k_residual.shape[3])
     value_dim = int(has.v_residual.shape[3])
@@ -158,23 +158,23 @@ def attend(
 
 def extend(
     q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor, *buffers: Tensor, scale: float,
-    k_bits: int, v_bits: int, group_size: int, residual: int, mode: str,
+    k_bits: int, v_bits: int, group_size: int, residual: int, rule: str,
 ) -> Tensor:  # fmt: skip
     """Attention of S rows over the live entries and themselves, not stored yet: [B, H, S, Dv]."""
     k_past, v_past, live = load(
-        *buffers, k_bits=k_bits, v_bits=v_bits, group_size=group_size, residual=residual, mode=mode
+        *buffers, k_bits=k_bits, v_bits=v_bits, group_size=group_size, residual=residual, rule=rule
     )
     return attend_rows(q, k, v, position_ids, k_past.to(k.dtype), v_past.to(v.dtype), live, scale)
 
 
 def load(
-    *buffers: Tensor, k_bits: int, v_bits: int, group_size: int, residual: int, mode: str
+    *buffers: Tensor, k_bits: int, v_bits: int, group_size: int, residual: int, rule: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The entries by position: k [B, K, T, D], v [B, K, T, Dv], live [B, K, T].
 
     T is what tiles and the ring of keys may hold together; what is not live is zero.
     """
-    has, due = Entries(*buffers), schedule(group_size, residual, mode)
+    has, due = Entries(*buffers), schedule(group_size, residual, rule)
     k_planes = Planes(k_bits, has.k_residual.shape[-1], group_size)
     v_planes = Planes(v_bits, has.v_residual.shape[-1], group_size)
     size = has.k_scales.shape[2] * group_size + due.k_ring

@@ -22,7 +22,6 @@ from kvfx.bench.contenders import (
     hf_static,
     kvfx_under,
 )
-
 from kvfx.report import aligned
 
 if TYPE_CHECKING:

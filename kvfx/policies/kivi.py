@@ -106,7 +106,7 @@ class KIVI(Store):
             "v_bits": self.value_bits,
             "group_size": self.group_size,
             "residual": self.residual,
-            "mode": self.mode,
+            "rule": self.mode,
         }
 
     def capacity(self, entries: int, *, bounded: bool) -> int:

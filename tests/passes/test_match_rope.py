@@ -47,7 +47,7 @@ def powers(theta: float, width: int) -> Tensor:
         ("llama", {}, "half", 16, 10000.0),
         ("llama", {"head_dim": 24}, "half", 24, 10000.0),
         ("qwen3", {}, "half", 16, 10000.0),
-        ("cohere", {}, "interleaved", 16, 10000.0),
+        ("cohere", {}, "interleaved", 16, 500000.0),
         ("phi", {}, "half", 8, 10000.0),
         ("glm", {}, "interleaved", 8, 10000.0),
         ("gpt_neox", {}, "half", 4, 10000.0),

@@ -1,0 +1,90 @@
+"""`compress` and `explain`: what they take, what they return, what they leave alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kvfx
+from kvfx import KIVI, Full, PerLayer, StreamingLLM
+from kvfx.errors import CalibrationError, UnsupportedShape
+from kvfx.plan import Plan
+from kvfx.policies import PRESETS
+from kvfx.testing.tiny import left_padded, tiny, tiny_gemma3, tiny_gpt2, tiny_llama
+
+PROMPT = left_padded([9])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_compresses_and_generates(name):
+    fast = kvfx.compress(tiny_llama(head_dim=32), name, compile=False, verify=False)
+    assert fast.plan.policy == PRESETS[name]
+    out = fast.generate(**PROMPT, max_new_tokens=5, min_new_tokens=5)
+    assert out.shape == (1, 14)
+
+
+def test_not_strict_compresses_what_it_can():
+    with pytest.raises(UnsupportedShape, match="no rotary embedding"):
+        kvfx.compress(tiny_gpt2(), StreamingLLM(), compile=False)
+    fast = kvfx.compress(tiny_gpt2(), StreamingLLM(), compile=False, strict=False)
+    assert [site.store for site in fast.plan.sites] == [Full()] * 2
+    assert fast.plan.croppable
+    assert "no rotary embedding" in str(fast.report)
+    expected = tiny_gpt2().generate(**PROMPT, max_new_tokens=5, do_sample=False)
+    assert torch.equal(fast.generate(**PROMPT, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_windows_keep_their_ring_under_any_policy():
+    fast = kvfx.compress(tiny_gemma3(), StreamingLLM(), compile=False)
+    assert [type(site.store).__name__ for site in fast.plan.sites] == ["WindowRing"] * 3 + ["Full"]
+    assert [site.select for site in fast.plan.sites] == [None] * 3 + [StreamingLLM()]
+
+
+def test_a_calibration_that_nothing_reads_is_refused():
+    with pytest.raises(CalibrationError, match="leave it out"):
+        kvfx.compress(tiny_llama(), Full(), calibration=[1, 2])
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_report_says_whether_it_was_verified(verify):
+    fast = kvfx.compress(tiny_llama(), Full(), compile=False, verify=verify)
+    assert fast.report.verified is verify
+
+
+def test_explain_says_the_same_without_running():
+    model = tiny_llama(head_dim=32)
+    policy = PerLayer(KIVI(2), {0: Full()})
+    told = str(kvfx.explain(model, policy))
+    for word in ("layers.0.self_attn", "layers.1.self_attn", repr(KIVI(2)), "Full()"):
+        assert word in told
+    assert isinstance(kvfx.compress(model, policy, compile=False).plan, Plan)
+
+
+def test_one_model_under_two_policies():
+    model = tiny_llama(head_dim=32)
+    dense = kvfx.compress(model, Full(), compile=False, verify=False)
+    expected = dense(**PROMPT).logits
+    coded = kvfx.compress(model, KIVI(2), compile=False, verify=False)
+    coded.generate(**PROMPT, max_new_tokens=3)
+    assert torch.equal(dense(**PROMPT).logits, expected)
+    assert torch.equal(coded(**PROMPT).logits, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("llama", Full()),
+        ("llama", StreamingLLM(budget=0.5, interval=3) | KIVI(8, residual=0)),
+        ("gemma3_text", Full()),
+    ],
+    ids=str,
+)
+def test_the_compiled_model_is_the_eager_one(name, policy):
+    model = tiny(name, {"head_dim": 32})
+    options = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
+    prompt = left_padded([9, 30])
+    eager, compiled = (
+        kvfx.compress(model, policy, compile=compile, verify=False) for compile in (False, True)
+    )
+    assert torch.equal(compiled.generate(**prompt, **options), eager.generate(**prompt, **options))

@@ -1,0 +1,267 @@
+"""Every op: what torch checks, what its shape function promises, what Inductor makes of it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvfx.geometry import Causal, Site
+from kvfx.ops import BACKENDS, OPS, backend_of, name_of, overload, score_op
+from kvfx.policies import KIVI, Full, WindowRing
+
+BATCH, KV_HEADS, HEADS, WIDTH, ROWS, CAPACITY = 2, 2, 6, 32, 5, 96
+CPU = torch.device("cpu")
+SITE = Site(0, "s", HEADS, KV_HEADS, WIDTH, WIDTH, 0.2, Causal(), None, torch.float32, CPU)
+STORES = {
+    "dense": Full(),
+    "ring": WindowRing(CAPACITY),
+    "kivi": KIVI(group_size=32, residual=32, mode="window"),
+}
+
+
+def rows(heads: int = KV_HEADS, count: int = ROWS) -> Tensor:
+    return torch.randn(BATCH, heads, count, WIDTH)
+
+
+def positions(count: int = ROWS) -> Tensor:
+    return torch.arange(count).expand(BATCH, count).contiguous() + 7
+
+
+def keep(count: int = ROWS) -> Tensor:
+    return torch.ones(BATCH, KV_HEADS, count, dtype=torch.bool)
+
+
+def filled(room: str) -> list[Tensor]:
+    """Buffers that hold a few entries."""
+    store = STORES[room]
+    buffers = [b.allocate(BATCH, CAPACITY, CPU) for b in store.buffers(SITE).values()]
+    which = keep(7) if store.rows == "keep" else positions(7) - 7
+    overload(f"store_{room}", "reference")(
+        rows(count=7), rows(count=7), which, *buffers, **store.attributes(SITE)
+    )
+    return buffers
+
+
+def room_samples(room: str) -> dict:
+    """Arguments of the ops of a store's room."""
+    store = STORES[room]
+
+    def which(count):
+        return keep(count) if store.rows == "keep" else positions(count)
+
+    def several():
+        return (rows(), rows(), which(ROWS), *filled(room))
+
+    def one():
+        return (rows(count=1), rows(count=1), which(1), *filled(room))
+
+    attributes = store.attributes(SITE)
+    scaled = {"scale": 0.2, **attributes}
+    found = {
+        f"store_{room}": (several, attributes),
+        f"append_{room}": (one, attributes),
+        f"attend_{room}": (lambda: (rows(HEADS, 1), positions(1), *filled(room)), scaled),
+        f"extend_{room}": (
+            lambda: (rows(HEADS), rows(), rows(), positions(), *filled(room)),
+            scaled,
+        ),
+        f"load_{room}": (lambda: tuple(filled(room)), attributes),
+        f"flush_{room}": (lambda: tuple(filled(room)), attributes),
+    }
+    return {name: sample for name, sample in found.items() if name in OPS}
+
+
+def counts() -> Tensor:
+    return torch.full((BATCH, KV_HEADS), 3)
+
+
+SAMPLES = {
+    "attention": (
+        lambda: (rows(HEADS), rows(), rows(), None, positions()),
+        {"scale": 0.2, "kv_repeat": 3},
+    ),
+    "attend_prompt": (lambda: (rows(HEADS), rows(), rows(), positions()), {"scale": 0.2, "window": 3}),
+    "live_rows": (lambda: (positions(),), {"kv_heads": KV_HEADS}),
+    "entry_shift": (lambda: (keep(), positions(), counts().int()), {}),
+    "rotate": (lambda: (rows(HEADS), counts()[..., None].expand(-1, -1, ROWS), torch.rand(8)), {"style": "half"}),
+    "allocate_uniform": (
+        lambda: (torch.tensor([5, 9]),),
+        {"kv_heads": KV_HEADS, "fraction": 0.5, "entries": 0, "least": 1},
+    ),
+    "select_recent": (lambda: (keep(), counts()), {"sinks": 1}),
+    "select_top": (lambda: (torch.rand(BATCH, KV_HEADS, ROWS), keep(), counts()), {"sinks": 1, "recent": 1}),
+    "linear": (lambda: (rows()[:, 0], torch.randn(9, WIDTH), torch.randn(9)), {}),
+    **room_samples("dense"),
+    **room_samples("ring"),
+    **room_samples("kivi"),
+}
+BUILT_IN = tuple(OPS)
+
+
+@score_op
+def largest_key(q, k, v, live):
+    """Rank tokens by the length of their key."""
+    return k.float().norm(dim=-1)
+
+
+def test_every_op_has_a_sample():
+    assert set(BUILT_IN) == set(SAMPLES)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_torch_accepts_the_op(name):
+    arguments, attributes = SAMPLES[name]
+    checks = ["test_schema", "test_faketensor"]
+    torch.library.opcheck(
+        overload(name, "reference"), arguments(), attributes, test_utils=checks
+    )
+
+
+def described(value: object) -> object:
+    """dtype, shape and memory layout of a result."""
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape), value.stride()
+    return tuple(map(described, value)) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_shape_function_tells_the_truth(name):
+    arguments, attributes = SAMPLES[name]
+    found = overload(name, "reference")(*arguments(), **attributes)
+    mode = torch._subclasses.FakeTensorMode()
+    fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments()]
+    with mode:
+        promised = overload(name)(*fakes, **attributes)
+    expected, actual = described(promised), described(found)
+    if OPS[name].traced:
+        # the compiler sees through the op: layout is what it finds there
+        expected, actual = (tuple(x[:2]) if x is not None else None for x in (expected, actual))
+    assert actual == expected
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_schemas_mark_what_is_written(name):
+    """Operands that the schema does not mark stay as they are, and marked ones are written."""
+    arguments, attributes = SAMPLES[name]
+    given = arguments()
+    before = [x.clone() if isinstance(x, Tensor) else x for x in given]
+    overload(name, "reference")(*given, **attributes)
+    schema = overload(name, "reference")._schema
+    for argument, old, new in zip(schema.arguments, before, given, strict=False):
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if not written and isinstance(new, Tensor):
+            torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+    mutable = name.split("_")[0] in ("store", "append", "flush")
+    assert schema.is_mutable is mutable
+    assert overload(name)._schema.is_mutable is mutable
+
+
+@pytest.mark.parametrize("room", STORES)
+def test_rooms_take_the_buffers_of_their_store(room):
+    """Same names, same order: the contract between a policy and its room."""
+    names = list(STORES[room].buffers(SITE))
+    for op in (f"store_{room}", f"append_{room}", f"attend_{room}", f"extend_{room}"):
+        taken = [argument.name for argument in overload(op)._schema.arguments]
+        first = taken.index(names[0])
+        assert taken[first : first + len(names)] == names
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", STORES)
+def test_decode_compiles_and_counts_on(room):
+    """Three steps of append and attend, compiled: buffers and outputs are those of eager."""
+    store = STORES[room]
+    attributes = store.attributes(SITE)
+    append, attend = (overload(f"{verb}_{room}", "reference") for verb in ("append", "attend"))
+
+    def step(q, k, v, position_ids, which, *buffers):
+        append(k, v, which, *buffers, **attributes)
+        return attend(q, position_ids, *buffers, scale=0.2, **attributes)
+
+    fast, eager_buffers = compiled(step), filled(room)
+    fast_buffers = [x.clone() for x in eager_buffers]
+    for at in range(3):
+        at_position = positions(1) + at
+        which = keep(1) if store.rows == "keep" else at_position
+        given = (rows(HEADS, 1), rows(count=1), rows(count=1), at_position, which)
+        expected = step(*given, *eager_buffers)
+        torch.testing.assert_close(fast(*given, *fast_buffers), expected, rtol=1e-4, atol=1e-5)
+        for a, b in zip(fast_buffers, eager_buffers, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_no_clone_of_the_cache():
+    """Decode writes one row in place: Inductor allocates nothing of the cache's size."""
+    from torch._inductor.utils import run_and_get_code
+
+    append, attend = overload("append_dense", "reference"), overload("attend_dense", "reference")
+
+    def step(q, k, v, position_ids, which, *buffers):
+        append(k, v, which, *buffers)
+        return attend(q, position_ids, *buffers, scale=0.2)
+
+    torch._dynamo.reset()
+    buffers = [b.allocate(BATCH, 1024, CPU) for b in Full().buffers(SITE).values()]
+    addresses = [x.data_ptr() for x in buffers]
+    given = (rows(HEADS, 1), rows(count=1), rows(count=1), positions(1), keep(1))
+    fast = torch.compile(step, fullgraph=True, dynamic=False)
+    _, (code, *_) = run_and_get_code(fast, *given, *buffers)
+    allocated = [
+        torch.Size(map(int, re.findall(r"\d+", shape))).numel()
+        for shape in re.findall(r"= empty_strided\w*\(\(([\d, ]*)\)", code)
+    ]
+    assert allocated
+    cache = BATCH * KV_HEADS * 1024 * WIDTH
+    assert max(allocated) < cache / 2
+    assert [x.data_ptr() for x in buffers] == addresses
+    assert buffers[2].tolist() == [[1, 1]] * BATCH
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["live_rows", "entry_shift", "rotate", "select_recent", "linear"])
+def test_traced_ops_compile(name):
+    arguments, attributes = SAMPLES[name]
+    given = arguments()
+    op = overload(name, "reference")
+    fast = compiled(lambda *args: op(*args, **attributes))
+    torch.testing.assert_close(fast(*given), op(*given, **attributes), rtol=1e-4, atol=1e-5)
+
+
+def test_names_and_backends():
+    assert name_of(torch.ops.kvfx.attend_dense.reference) == "attend_dense"
+    assert name_of(torch.ops.aten.add.Tensor) is None
+    assert name_of("kvfx") is None
+    assert backend_of(torch.ops.kvfx.attend_dense.reference) == "reference"
+    assert backend_of(overload("attend_dense")) == "default"
+    assert "reference" in BACKENDS
+
+
+def test_an_abstract_op_does_not_run():
+    with pytest.raises(NotImplementedError):
+        overload("live_rows")(positions(), kv_heads=2)
+
+
+def test_a_user_registers_a_score():
+    k, live = rows(), keep()
+    score = overload("largest_key", "reference")(None, k, k, live)
+    assert torch.equal(score, k.norm(dim=-1))
+    assert largest_key(None, k, k, live) is not None
+    torch.library.opcheck(
+        overload("largest_key", "reference"),
+        (rows(HEADS), k, k, live),
+        test_utils=["test_schema", "test_faketensor"],
+    )
+
+
+def test_registering_a_score_again_is_harmless():
+    assert score_op(largest_key) is largest_key
+    assert "largest_key" in OPS
