@@ -356,9 +356,11 @@ def _turn(tokenizer: Any, line: str, said: Any) -> str:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     messages = [{"role": "user", "content": "-"}, {"role": "assistant", "content": REPLY}, user]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    closing = text.partition(REPLY)[2]
+    closing, last = text.partition(REPLY)[2], tokenizer.decode(said[0, -1])
     # the model closed its reply itself, unless it ran out of tokens
-    return closing.removeprefix(tokenizer.decode(said[0, -1]))
+    if last in tokenizer.all_special_tokens and closing.lstrip().startswith(last):
+        return closing.lstrip().removeprefix(last)
+    return closing
 
 
 def _speed(clock: Any) -> str:
@@ -374,10 +376,9 @@ def _speed(clock: Any) -> str:
 def _weight(fast: CompressedModel, cache: CompressedCache) -> str:
     """Measured bytes of the cache, beside those of a dense one; and of both at a long context."""
     tokens, dense = cache.get_seq_length(), fast.report.before
-    return (
-        f"cache {_bytes(cache.nbytes())} allocated for {tokens:,} tokens (dense {_bytes(dense * tokens)}); "
-        f"at {LONG:,} tokens {_bytes(fast.memory(1, LONG))} (dense {_bytes(dense * LONG)})"
-    )
+    now = f"{_bytes(cache.nbytes())} allocated for {tokens:,} tokens"
+    long = f"at {LONG:,} tokens {_bytes(fast.memory(1, LONG))}"
+    return f"cache {now} (dense {_bytes(dense * tokens)}); {long} (dense {_bytes(dense * LONG)})"
 
 
 def _bytes(count: float) -> str:

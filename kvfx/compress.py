@@ -112,11 +112,15 @@ def lower(
     trail = Trail()
     captured = capture(model)
     raised = run_passes(captured.copy(), raise_passes(), trail)
-    if raised.missed:
+    dense = {site.name for site in raised.sites}
+    if raised.missed and (strict or not dense.issuperset(raised.missed)):
         reasons = "\n".join(f"  {miss}" for miss in raised.missed.values())
+        remedy = "strict=False keeps them dense, under masks that the model computes at every step"
+        if not dense.issuperset(raised.missed):
+            remedy = "no cache can serve them; kvfx.explain(model, policy) shows what was found"
         raise UnmatchedAttention(
             f"{len(raised.missed)} attention sites of {type(model).__name__} are not "
-            f"understood:\n{reasons}"
+            f"understood:\n{reasons}\n{remedy}"
         )
     plan = make_plan(policy, raised.sites, strict=strict)
     device = raised.sites[0].device

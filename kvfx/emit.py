@@ -89,6 +89,18 @@ def add_tokens_input(graph: Graph) -> fx.Node:
     return _add_input(graph, "prompt_tokens", graph.input("position_ids").meta["val"][:, 0])
 
 
+def add_history_inputs(graph: Graph) -> tuple[fx.Node, fx.Node]:
+    """The inputs `history_ids` and `history_positions` [B, T]: all tokens seen, new ones too."""
+    positions = graph.input("position_ids").meta["val"]
+    mode = fake_mode(positions)
+    assert mode is not None
+    length = _symbol(mode, "history", HINT)
+    with mode:
+        values = [positions.new_empty(positions.shape[0], length) for _ in range(2)]
+    ids = _add_input(graph, "history_ids", values[0])
+    return ids, _add_input(graph, "history_positions", values[1])
+
+
 def add_buffer_inputs(graph: Graph, plan: SitePlan) -> tuple[fx.Node, ...]:
     """One input per buffer of the site, with symbolic batch and capacity."""
     prefix, positions = f"site_{plan.site.index}", graph.input("position_ids").meta["val"]

@@ -25,7 +25,17 @@ class Window:
         return f"window {self.size}"
 
 
-Mask = Causal | Window
+@dataclass(frozen=True)
+class Unproven:
+    """Who sees what is known to the model alone; `reason` says why no family fits its mask."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return "unproven"
+
+
+Mask = Causal | Window | Unproven
 
 
 @dataclass(frozen=True)

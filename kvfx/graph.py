@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -113,11 +114,8 @@ def infer(node: fx.Node) -> None:
     values = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     args, kwargs = cast(tuple[tuple[Any, ...], dict[str, Any]], values)
     target = cast(Callable[..., object], node.target)
-    mode = fake_mode(args, kwargs)
-    if mode is None:
-        node.meta["val"] = target(*args, **kwargs)
-        return
-    with mode:
+    inputs = [other.meta.get("val") for other in node.graph.find_nodes(op="placeholder")]
+    with fake_mode(args, kwargs, inputs) or contextlib.nullcontext():
         node.meta["val"] = target(*args, **kwargs)
 
 

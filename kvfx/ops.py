@@ -235,6 +235,19 @@ OPS: dict[str, Op] = {
             traced=True,
         ),
         *_room("dense", DENSE, "", _load_dense),
+        Op(
+            "attend_masked",
+            f"(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor position_ids, {_read(DENSE)}, *, "
+            "float scale) -> Tensor",
+            "kvfx.kernels.masked.reference:attend",
+            _like_query,
+        ),
+        Op(
+            "store_masked",
+            f"(Tensor k, Tensor v, Tensor keep, {DENSE}) -> ()",
+            "kvfx.kernels.dense.reference:store",
+            _nothing,
+        ),
         *_room("ring", RING, "int window", None),
         *_room("kivi", KIVI, KIVI_ATTRIBUTES, _load_kivi),
         Op(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvfx.errors import PolicyError, UnsupportedShape
-from kvfx.geometry import Site
+from kvfx.geometry import Site, Unproven
 from kvfx.policies.full import Full
+from kvfx.policies.masked_dense import MaskedDense
 from kvfx.policies.window_ring import WindowRing
 from kvfx.policy import Policy, Select, Store
 
@@ -92,6 +93,11 @@ class Plan:
         return any(site.select is not None for site in self.sites)
 
     @property
+    def masked(self) -> bool:
+        """Whether any site needs the model's own mask over the whole history."""
+        return any(isinstance(site.site.mask, Unproven) for site in self.sites)
+
+    @property
     def croppable(self) -> bool:
         """Whether the newest entries can be forgotten everywhere."""
         return all(site.store.croppable and site.select is None for site in self.sites)
@@ -107,6 +113,9 @@ def make_plan(policy: Policy, sites: tuple[Site, ...], *, strict: bool = True) -
 
 
 def _plan_site(policy: Policy, site: Site, sites: int, strict: bool) -> SitePlan:
+    if isinstance(site.mask, Unproven):
+        note = f"dense, the model computes the mask: {site.mask.reason}"
+        return SitePlan(site, MaskedDense(), None, note)
     if site.window is not None:
         return SitePlan(
             site,

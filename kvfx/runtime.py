@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config
 
-from kvfx.errors import CapacityExceeded, UnsupportedOperation
+from kvfx.errors import CapacityExceeded, InputError, UnsupportedOperation
 from kvfx.plan import Plan, Schedule, SitePlan
 
 
@@ -34,9 +34,9 @@ class State:
         }
         self.capacities = [0] * len(plan.sites)
         self.buffers: list[dict[str, Tensor]] = [{} for _ in plan.sites]
-        self.next_position = torch.zeros(
-            batch, 1, dtype=torch.int64, device=plan.sites[0].site.device
-        )
+        device = plan.sites[0].site.device
+        self.history = torch.zeros(batch, 0, dtype=torch.int64, device=device)
+        self.next_position = torch.zeros(batch, 1, dtype=torch.int64, device=device)
 
     def tensors(self) -> list[Tensor]:
         """All buffers in the order in which programs take them."""
@@ -62,6 +62,11 @@ class State:
         for schedule, entries in self.entries.items():
             new = [schedule.kept(count) for count in tokens] if first else tokens
             self.entries[schedule] = [old + count for old, count in zip(entries, new, strict=True)]
+        if self.plan.masked and min(tokens) < columns:
+            raise InputError(
+                "padded batches cannot be read: a site is dense under the model's own mask "
+                "(strict=False), which knows no padding: give one row, or rows of equal length"
+            )
         self.columns += columns
         self.positions = seen
         self._fit(shrink=False)
@@ -106,6 +111,7 @@ class State:
             key: [count - dropped for count in entries] for key, entries in self.entries.items()
         }
         self.next_position -= dropped
+        self.history = self.history[:, :length]
         for buffers in self.buffers:
             buffers["length"] -= dropped
 
@@ -121,6 +127,7 @@ class State:
             key: [entries[row] for row in order] for key, entries in self.entries.items()
         }
         self.next_position = self.next_position.index_select(0, rows)
+        self.history = self.history.index_select(0, rows)
         self.buffers = [
             {name: old.index_select(0, rows) for name, old in site.items()} for site in self.buffers
         ]
@@ -175,8 +182,9 @@ class Executor:
             position_ids = torch.cat((torch.full_like(position_ids, -1), position_ids), 1)
             logits_index = logits_index + 1
         extra = [self._tokens(state)] if program == "prefill" and state.plan.selects else []
+        seen = self._history(state, input_ids)
         logits = self._run(
-            program, input_ids, position_ids, logits_index, *extra, *state.tensors()
+            program, input_ids, position_ids, logits_index, *seen, *extra, *state.tensors()
         )[0]
         state.next_position = torch.maximum(
             state.next_position, position_ids.amax(1, keepdim=True) + 1
@@ -188,7 +196,10 @@ class Executor:
         """Read one row [B, 1] that is nowhere padding: logits [B, 1, V]."""
         state.admit(1, [1] * state.batch, as_prompt=False)
         index = torch.zeros(1, dtype=torch.int64, device=input_ids.device)
-        logits = self._run("decode", input_ids, state.next_position, index, *state.tensors())[0]
+        seen = self._history(state, input_ids)
+        logits = self._run(
+            "decode", input_ids, state.next_position, index, *seen, *state.tensors()
+        )[0]
         state.next_position = state.next_position + 1
         self._compact(state)
         return logits
@@ -202,8 +213,16 @@ class Executor:
 
     def _run(self, program: str, *args: Tensor) -> tuple[Tensor, ...]:
         # sizes that happen to be equal at the first call (rows and batch, say) are not one size
-        with _config.patch(use_duck_shape=False):
+        with _config.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
             return self.programs[program](*args)
+
+    def _history(self, state: State, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """All tokens and their positions [B, T], for models that compute a mask from them."""
+        if not state.plan.masked:
+            return ()
+        state.history = torch.cat((state.history, input_ids), 1)
+        rows = torch.arange(state.history.shape[1], device=input_ids.device)
+        return state.history, rows.expand(state.batch, -1)
 
     def _tokens(self, state: State) -> Tensor:
         return torch.tensor(state.prompt_tokens, device=state.next_position.device)

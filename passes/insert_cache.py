@@ -55,7 +55,10 @@ class InsertCache(Pass):
                 continue
             attention = attentions[site.site.name]
             with graph.module.graph.inserting_before(attention):
-                out = PROGRAMS[self.program](emit, *(operand(attention, i) for i in range(3)))
+                if attention.args[3] is None:
+                    out = PROGRAMS[self.program](emit, *(operand(attention, i) for i in range(3)))
+                else:
+                    out = _masked(emit, *(operand(attention, i) for i in range(4)))
             replace(attention, out)
         if self.program == "compact":
             for name in ("input_ids", "position_ids", "logits_index"):
@@ -84,6 +87,13 @@ def _decode(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
     q, k = _at_entries(emit, (q, k), live, emit.position_ids, emit.length)
     emit.room("append", k, v, emit.rows(live))
     return emit.room("attend", q, emit.position_ids, scale=emit.plan.site.scale)
+
+
+def _masked(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node) -> fx.Node:
+    scale = emit.plan.site.scale
+    out = emit.op("attend_masked", q, k, v, mask, emit.position_ids, *emit.buffers, scale=scale)
+    emit.room("store", k, v, emit.live())
+    return out
 
 
 def _compact(emit: Emitter) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, fx
 
-from kvfx.geometry import Causal, Rope, Site, Window
+from kvfx.geometry import Causal, Rope, Site, Unproven, Window
 from kvfx.graph import Graph, Level, Miss, ancestors, dependents, extract, operand
 from kvfx.pass_manager import Pass, Statistics
 from kvfx.provenance import origin
@@ -54,6 +54,7 @@ class MatchRope(Pass):
             mark = origin(node)
             assert mark is not None
             if mark.site in graph.missed:
+                sites.append(_site(index, mark.site, node, None, graph.missed[mark.site].reason))
                 continue
             rope = _same_rope(graph, node, by_positions, by_tokens, known)
             if isinstance(rope, Miss):
@@ -61,13 +62,14 @@ class MatchRope(Pass):
                 rope = None
             else:
                 stats.hit(f"rope {rope}")
-            sites.append(_site(index, mark.site, node, rope))
+            sites.append(_site(index, mark.site, node, rope, ""))
         graph.sites = tuple(sites)
 
 
-def _site(index: int, name: str, node: fx.Node, rope: Rope | None) -> Site:
+def _site(index: int, name: str, node: fx.Node, rope: Rope | None, missed: str) -> Site:
     q, k, v = (operand(node, index).meta["val"] for index in range(3))
-    scale, window = cast(float, node.kwargs["scale"]), cast("int | None", node.kwargs["window"])
+    scale, window = cast(float, node.kwargs["scale"]), cast("int | None", node.kwargs.get("window"))
+    mask = Unproven(missed) if missed else Causal() if window is None else Window(window)
     return Site(
         index=index,
         name=name,
@@ -76,7 +78,7 @@ def _site(index: int, name: str, node: fx.Node, rope: Rope | None) -> Site:
         head_dim=int(k.shape[3]),
         value_dim=int(v.shape[3]),
         scale=scale,
-        mask=Causal() if window is None else Window(window),
+        mask=mask,
         rope=rope,
         dtype=k.dtype,
         device=k.device,

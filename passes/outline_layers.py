@@ -16,7 +16,6 @@ from kvfx.graph import Graph, Level, Miss, ancestors, dependents
 from kvfx.pass_manager import Pass, Statistics
 from kvfx.provenance import module_path, origin
 
-aten = torch.ops.aten
 LAYER = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
 PRELUDE, EPILOGUE = "prelude", "epilogue"
 
@@ -62,14 +61,8 @@ def _groups(graph: Graph) -> dict[fx.Node, str]:
 
 
 def _is_body(node: fx.Node) -> bool:
-    """Whether a node computes tensors (sizes and weights stay outside, they are inputs of
-    regions).
-    """
-    return (
-        node.op == "call_function"
-        and node.target is not aten.sym_size.int
-        and node.target is not aten.sym_size.default
-    )
+    """Whether a node computes tensors; sizes and weights stay outside, as inputs of regions."""
+    return node.op == "call_function" and not isinstance(node.meta.get("val"), torch.SymInt | int)
 
 
 def _layer(node: fx.Node) -> str:
@@ -88,9 +81,7 @@ def _order(graph: Graph, groups: dict[fx.Node, str]) -> list[fx.Node]:
     def rank(node: fx.Node) -> int:
         if node.op in ("placeholder", "get_attr"):
             return 0
-        if node not in groups and all(
-            operand.op == "placeholder" for operand in node.all_input_nodes
-        ):
+        if node not in groups and ancestors([node]).isdisjoint(groups):
             return 1
         return {PRELUDE: 2, EPILOGUE: 4}.get(groups.get(node, ""), 5 if node.op == "output" else 3)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvfx.pass_manager import Pass
 from kvfx.passes.canonicalize import Canonicalize
+from kvfx.passes.history_masks import HistoryMasks
 from kvfx.passes.insert_cache import InsertCache
 from kvfx.passes.match_attention import MatchAttention
 from kvfx.passes.match_masks import MatchMasks
@@ -47,6 +48,8 @@ def raise_passes() -> tuple[Pass, ...]:
 def program_passes(program: str, plan: Plan, target: Target) -> tuple[Pass, ...]:
     """RAISED to LOWERED: once per program."""
     return (
+        # masks that were not proven are computed over the history, before rows are specialized
+        *((HistoryMasks(),) if plan.masked and program != "compact" else ()),
         # decode reads one row: a constant, so that shapes say so and one-row kernels can be chosen
         *((SpecializeRows(rows=1),) if program == "decode" else ()),
         # the cache enters the graph here, and only here

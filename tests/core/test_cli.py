@@ -9,7 +9,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from kvfx.cli import _split, app
+from kvfx.cli import _split, _turn, app
 from kvfx.errors import KvfxError
 from kvfx.testing.tiny import VOCAB, tiny_llama
 
@@ -122,6 +122,19 @@ def test_chat_sees_what_one_long_prompt_would(folder):
         ids = model.generate(ids, max_new_tokens=4, do_sample=False)
         expected.append(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
     assert [line.split() for line in said[:2]] == [line.split() for line in expected]
+
+
+@pytest.mark.parametrize(
+    ("last", "text"),
+    [("</s>", " user : of </s> assistant :"), ("the", " </s> user : of </s> assistant :")],
+    ids=["closed", "cut off"],
+)
+def test_a_reply_is_closed_once(folder, last, text):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    said = tokenizer(last, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    assert _turn(tokenizer, "of", said) == text
 
 
 def test_chat_needs_a_template(folder, tmp_path):

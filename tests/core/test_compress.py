@@ -48,7 +48,7 @@ def test_a_calibration_that_nothing_reads_is_refused():
 @pytest.mark.parametrize("verify", [True, False])
 def test_the_report_says_whether_it_was_verified(verify):
     fast = kvfx.compress(tiny_llama(), Full(), compile=False, verify=verify)
-    assert fast.report.verified is verify
+    assert ("not verified" in str(fast.report)) is not verify
 
 
 def test_explain_says_the_same_without_running():

@@ -38,7 +38,10 @@ def fast():
 def refused(model: nn.Module, error: type[KvfxError], *words: str, policy=None) -> None:
     """`compress` and `explain` both raise `error`, in these words."""
     policy = Full() if policy is None else policy
-    for ask in (lambda: kvfx.compress(model, policy, compile=False), lambda: kvfx.explain(model, policy)):
+    for ask in (
+        lambda: kvfx.compress(model, policy, compile=False),
+        lambda: kvfx.explain(model, policy),
+    ):
         with pytest.raises(error) as caught:
             ask()
         for word in words:
@@ -133,7 +136,11 @@ def test_a_policy_that_does_not_fit_names_the_site():
 
 def test_cache_positions_without_rotary_embeddings():
     refused(
-        tiny_gpt2(), UnsupportedShape, "no rotary embedding", 'positions="absolute"', policy=StreamingLLM()
+        tiny_gpt2(),
+        UnsupportedShape,
+        "no rotary embedding",
+        'positions="absolute"',
+        policy=StreamingLLM(),
     )
 
 
@@ -147,7 +154,9 @@ def test_an_unknown_policy():
 
 
 def test_an_unknown_backend():
-    with pytest.raises(UnsupportedShape, match="backend 'cuda' does not exist on cpu: choose 'auto'"):
+    with pytest.raises(
+        UnsupportedShape, match="backend 'cuda' does not exist on cpu: choose 'auto'"
+    ):
         kvfx.compress(tiny_llama(), Full(), backend="cuda", compile=False)
 
 
@@ -200,7 +209,10 @@ def test_right_padding_in_generate():
 def test_a_cache_that_the_model_did_not_make():
     other = kvfx.compress(tiny_llama(), Full(), compile=False, verify=False)
     for past in (DynamicCache(), other.new_cache()):
-        for ask in (fast(), lambda ids, **options: fast().generate(ids, max_new_tokens=2, **options)):
+        for ask in (
+            fast(),
+            lambda ids, **options: fast().generate(ids, max_new_tokens=2, **options),
+        ):
             with pytest.raises(InputError) as caught:
                 ask(PROMPT, past_key_values=past)
             assert f"past_key_values is a {type(past).__name__} that" in str(caught.value)

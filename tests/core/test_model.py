@@ -138,13 +138,21 @@ def test_crop_and_go_on():
     assert_close(fast(PROMPT[:, 9:], past_key_values=past).logits, expected[:, 9:])
 
 
-@pytest.mark.parametrize(("keep", "left"), [(9, 9), (-4, 9), (99, 13), (-0, 13)])
-def test_crop_counts_as_transformers_does(keep, left):
+@pytest.mark.parametrize(("remove", "left"), [(-4, 9), (-13, 0), (0, 13)])
+def test_crop_removes_what_transformers_removes(remove, left):
     model, fast = pair()
     ours, theirs = (either(PROMPT).past_key_values for either in (fast, model))
     for past in (ours, theirs):
-        past.crop(keep)
+        past.crop(remove)
     assert ours.get_seq_length() == theirs.get_seq_length() == left
+
+
+@pytest.mark.parametrize(("keep", "left"), [(9, 9), (99, 13)])
+def test_crop_keeps_the_first_columns(keep, left):
+    _, fast = pair()
+    past = fast(PROMPT).past_key_values
+    past.crop(keep)
+    assert past.get_seq_length() == left
 
 
 def test_crop_is_refused_where_entries_are_gone():

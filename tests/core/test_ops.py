@@ -83,16 +83,25 @@ SAMPLES = {
         lambda: (rows(HEADS), rows(), rows(), None, positions()),
         {"scale": 0.2, "kv_repeat": 3},
     ),
-    "attend_prompt": (lambda: (rows(HEADS), rows(), rows(), positions()), {"scale": 0.2, "window": 3}),
+    "attend_prompt": (
+        lambda: (rows(HEADS), rows(), rows(), positions()),
+        {"scale": 0.2, "window": 3},
+    ),
     "live_rows": (lambda: (positions(),), {"kv_heads": KV_HEADS}),
     "entry_shift": (lambda: (keep(), positions(), counts().int()), {}),
-    "rotate": (lambda: (rows(HEADS), counts()[..., None].expand(-1, -1, ROWS), torch.rand(8)), {"style": "half"}),
+    "rotate": (
+        lambda: (rows(HEADS), counts()[..., None].expand(-1, -1, ROWS), torch.rand(8)),
+        {"style": "half"},
+    ),
     "allocate_uniform": (
         lambda: (torch.tensor([5, 9]),),
         {"kv_heads": KV_HEADS, "fraction": 0.5, "entries": 0, "least": 1},
     ),
     "select_recent": (lambda: (keep(), counts()), {"sinks": 1}),
-    "select_top": (lambda: (torch.rand(BATCH, KV_HEADS, ROWS), keep(), counts()), {"sinks": 1, "recent": 1}),
+    "select_top": (
+        lambda: (torch.rand(BATCH, KV_HEADS, ROWS), keep(), counts()),
+        {"sinks": 1, "recent": 1},
+    ),
     "linear": (lambda: (rows()[:, 0], torch.randn(9, WIDTH), torch.randn(9)), {}),
     **room_samples("dense"),
     **room_samples("ring"),
@@ -115,9 +124,7 @@ def test_every_op_has_a_sample():
 def test_torch_accepts_the_op(name):
     arguments, attributes = SAMPLES[name]
     checks = ["test_schema", "test_faketensor"]
-    torch.library.opcheck(
-        overload(name, "reference"), arguments(), attributes, test_utils=checks
-    )
+    torch.library.opcheck(overload(name, "reference"), arguments(), attributes, test_utils=checks)
 
 
 def described(value: object) -> object:

@@ -52,7 +52,10 @@ def filled(length: Tensor, capacity: int, width: int, value_width: int) -> list[
 def test_one_row_attends_what_is_live(kv_heads, repeat, capacity, width, value_width, dtype):
     length = torch.randint(1, capacity + 1, (2, kv_heads))
     length[0, 0] = capacity
-    buffers = [x.to(dtype) if x.is_floating_point() else x for x in filled(length, capacity, width, value_width)]
+    buffers = [
+        x.to(dtype) if x.is_floating_point() else x
+        for x in filled(length, capacity, width, value_width)
+    ]
     q = torch.randn(2, kv_heads * repeat, 1, width, dtype=dtype)
     live = (torch.arange(capacity) < length[..., None])[:, :, None]
     out = reference.attend(q, torch.tensor([[5], [6]]), *buffers, scale=SCALE)
@@ -99,7 +102,9 @@ def test_rows_of_the_batch_are_independent():
     q, positions = torch.randn(3, 4, 1, 8), torch.tensor([[5], [4], [3]])
     out = reference.attend(q, positions, *buffers, scale=SCALE)
     permuted = [x[order] for x in buffers]
-    assert torch.equal(reference.attend(q[order], positions[order], *permuted, scale=SCALE), out[order])
+    assert torch.equal(
+        reference.attend(q[order], positions[order], *permuted, scale=SCALE), out[order]
+    )
 
 
 @pytest.mark.parametrize("repeat", [1, 2, 3, 4])
@@ -177,11 +182,15 @@ def test_prefill_is_decode_is_any_chunking():
             part = (k[:, :, here], v[:, :, here])
             if size == 1:
                 reference.append(*part, keep[:, :, here], *buffers)
-                out.append(reference.attend(q[:, :, here], positions[:, here], *buffers, scale=SCALE))
+                out.append(
+                    reference.attend(q[:, :, here], positions[:, here], *buffers, scale=SCALE)
+                )
             else:
                 buffers[0].nan_to_num_(0.0)
                 out.append(
-                    reference.extend(q[:, :, here], *part, positions[:, here], *buffers, scale=SCALE)
+                    reference.extend(
+                        q[:, :, here], *part, positions[:, here], *buffers, scale=SCALE
+                    )
                 )
                 reference.store(*part, keep[:, :, here], *buffers)
             start += size

@@ -103,7 +103,9 @@ def test_a_ring_below_the_window_grows_before_it_wraps():
         here = slice(at, at + 1)
         reference.append(k[:, :, here], v[:, :, here], positions[:, here], *buffers, window=window)
         out.append(
-            reference.attend(q[:, :, here], positions[:, here], *buffers, scale=SCALE, window=window)
+            reference.attend(
+                q[:, :, here], positions[:, here], *buffers, scale=SCALE, window=window
+            )
         )
     expected = truth(q, k, v, positions, window)[:, :, 5:]
     torch.testing.assert_close(torch.cat(out, 2).double(), expected, rtol=1e-4, atol=1e-5)

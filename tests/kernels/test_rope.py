@@ -18,7 +18,10 @@ def frequencies(width: int) -> Tensor:
 
 
 @given(
-    st.sampled_from(STYLES), st.sampled_from((2, 6, 16)), st.integers(-4000, 4000), st.integers(-9, 9)
+    st.sampled_from(STYLES),
+    st.sampled_from((2, 6, 16)),
+    st.integers(-4000, 4000),
+    st.integers(-9, 9),
 )
 def test_rotations_add(style, width, a, b):
     x = torch.randn(2, 3, 5, 16)

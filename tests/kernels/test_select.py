@@ -22,7 +22,9 @@ def chosen(live: list[bool], score: list[float], count: int, sinks: int, recent:
     """The first `sinks` and last `recent` live rows, then by score, the smaller index first."""
     index = [i for i, alive in enumerate(live) if alive]
     protected = set(index[:sinks]) | set(index[len(index) - recent :] if recent else [])
-    ranked = sorted(index, key=lambda i: (i not in protected, -score[i] if i not in protected else 0, i))
+    ranked = sorted(
+        index, key=lambda i: (i not in protected, -score[i] if i not in protected else 0, i)
+    )
     return [i in ranked[:count] for i in range(len(live))]
 
 
@@ -86,11 +88,15 @@ def test_equal_scores_prefer_the_smaller_index():
 def test_low_precision_scores_rank_too(dtype):
     score = torch.tensor([[[1.0, -2.0, 5.0, 0.5]]], dtype=dtype)
     live = torch.ones(1, 1, 4, dtype=torch.bool)
-    assert select_top(score, live, torch.tensor([[2]]), 0, 0).tolist() == [[[True, False, True, False]]]
+    assert select_top(score, live, torch.tensor([[2]]), 0, 0).tolist() == [
+        [[True, False, True, False]]
+    ]
 
 
 @pytest.mark.parametrize(
-    ("fraction", "entries", "least"), [(0.25, 0, 1), (0.3, 0, 5), (1.0, 12, 1), (1.0, 2, 5)], ids=str
+    ("fraction", "entries", "least"),
+    [(0.25, 0, 1), (0.3, 0, 5), (1.0, 12, 1), (1.0, 2, 5)],
+    ids=str,
 )
 def test_allocate_uniform(fraction, entries, least):
     tokens = torch.tensor([1, 4, 9, 63, 1000])

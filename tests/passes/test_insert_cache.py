@@ -123,8 +123,10 @@ def test_the_model_never_sees_minus_one(raised, apply, architecture):
 def test_programs_continue_the_prompt(raised, captured, run, inputs, architecture, policy):
     """As long as nothing is evicted, every policy computes what the model does."""
     graph, rows = raised(architecture), 21
-    chosen = POLICIES[policy] if policy == "full" else type(POLICIES[policy])(
-        budget=64, positions=POLICIES[policy].positions
+    chosen = (
+        POLICIES[policy]
+        if policy == "full"
+        else type(POLICIES[policy])(budget=64, positions=POLICIES[policy].positions)
     )
     plan = make_plan(chosen, graph.sites)
     programs = {

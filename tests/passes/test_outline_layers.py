@@ -54,7 +54,9 @@ def test_equal_layers_share_a_region(lowered, apply, architecture, changes, poli
     _, graphs = lowered(architecture, changes, policy)
     stats = apply(graphs["decode"], [OutlineLayers()])
     assert regions(graphs["decode"]) == ["prelude", *calls, "epilogue"]
-    assert stats.hits == {name: (["prelude", *calls, "epilogue"]).count(name) for name in stats.hits}
+    assert stats.hits == {
+        name: (["prelude", *calls, "epilogue"]).count(name) for name in stats.hits
+    }
     assert not stats.misses
     # weights and buffers are inputs of a region
     for name in set(calls):

@@ -1,0 +1,153 @@
+"""The real model: the same tokens under `Full()`, the pass key under KIVI, the bytes that were
+promised.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kvfx
+from kvfx import KIVI, Full, StreamingLLM
+from kvfx.testing.text import LENGTHS, pass_key_prompt, prompts
+
+pytestmark = pytest.mark.slow
+
+NEW = 64
+# two logits that are closer than this may swap places by rounding
+TIE = 1e-3
+GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+BATCHES = ((0, 5, 9, 14), (2, 11, 15, 4))
+KEY = "71432"
+
+
+@pytest.fixture(scope="module")
+def dense(smollm2):
+    """The compiled model with the dense cache."""
+    return kvfx.compress(smollm2[0], Full())
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2):
+    """Per prompt: its tokens, and the tokens and logits [NEW, V] that the model itself generates."""
+    model, tokenizer = smollm2
+    out = []
+    for text in prompts(tokenizer):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        reply = model.generate(
+            ids, **GREEDY, return_dict_in_generate=True, output_logits=True
+        )
+        out.append((ids, reply.sequences[0, ids.shape[1] :], torch.cat(reply.logits)))
+    return out
+
+
+def difference(tokens: torch.Tensor, expected: torch.Tensor, logits: torch.Tensor) -> str | None:
+    """Where tokens differ first, unless the model itself was undecided there."""
+    differs = (tokens != expected).nonzero()
+    if len(differs) == 0:
+        return None
+    first = int(differs[0])
+    best = logits[first].topk(2).values
+    gap = float(best[0] - best[1])
+    return None if gap < TIE else f"token {first} differs, the model's best two are {gap:.2g} apart"
+
+
+@pytest.mark.parametrize("index", range(len(LENGTHS)), ids=[f"{n} tokens" for n in LENGTHS])
+def test_greedy_tokens_are_the_models(dense, expected, index):
+    ids, tokens, logits = expected[index]
+    reply = dense.generate(ids, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    assert difference(reply.sequences[0, ids.shape[1] :], tokens, logits) is None
+    if torch.equal(reply.sequences[0, ids.shape[1] :], tokens):
+        assert float((torch.cat(reply.logits) - logits).abs().max()) < TIE
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+def test_padded_batches_generate_what_each_prompt_does_alone(smollm2, dense, expected, batch):
+    tokenizer = smollm2[1]
+    rows = [expected[index] for index in batch]
+    inputs = tokenizer.pad(
+        {"input_ids": [ids[0].tolist() for ids, _, _ in rows]},
+        padding_side="left",
+        return_tensors="pt",
+    )
+    out = dense.generate(**inputs, **GREEDY)[:, -NEW:]
+    for row, (_, tokens, logits) in enumerate(rows):
+        assert difference(out[row], tokens, logits) is None
+
+
+def test_the_eager_graph_generates_them_as_well(smollm2, expected):
+    eager = kvfx.compress(smollm2[0], Full(), compile=False, verify=False)
+    for index in (0, 7, 12):
+        ids, tokens, logits = expected[index]
+        out = eager.generate(ids, **GREEDY)[0, ids.shape[1] :]
+        assert difference(out, tokens, logits) is None
+
+
+def asked(tokenizer, depth: float) -> torch.Tensor:
+    """About 600 tokens of chat that hide the key at `depth`, and the beginning of the answer."""
+    text, question = pass_key_prompt(tokenizer, 560, depth, KEY).rsplit("\n\n", 1)
+    asks, answer = question.split("? ")
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": f"{text}\n\n{asks}?"}],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    return tokenizer(chat + answer, return_tensors="pt", add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("depth", [0.1, 0.5, 0.9])
+def test_the_pass_key_survives_quantization(smollm2, depth):
+    model, tokenizer = smollm2
+    ids = asked(tokenizer, depth)
+    assert 500 < ids.shape[1] < 700
+    answers = {}
+    for name, either in (("dense", model), *quantized(model)):
+        out = either.generate(ids, max_new_tokens=8, do_sample=False)
+        answers[name] = tokenizer.decode(out[0, ids.shape[1] :])
+    # otherwise the prompt proves nothing
+    assert KEY in answers["dense"]
+    assert all(KEY in answer for answer in answers.values()), answers
+
+
+def quantized(model):
+    """The model under KIVI with 8 and 4 bits, not compiled: few tokens are asked for."""
+    for bits in (8, 4):
+        yield f"{bits} bits", kvfx.compress(model, KIVI(bits), compile=False, verify=False)
+
+
+def test_two_bits_hold_4096_tokens_in_15_percent_of_the_bytes(smollm2):
+    model, tokenizer = smollm2
+    text = " ".join(prompts(tokenizer)) * 2
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :4096]
+    assert ids.shape == (1, 4096)
+    sizes = []
+    for policy in (KIVI(2), Full()):
+        fast = kvfx.compress(model, policy, compile=False, verify=False)
+        past = fast(ids, logits_to_keep=1).past_key_values
+        assert past.nbytes() == fast.memory(1, 4096)
+        sizes.append(past.nbytes())
+    assert sizes[0] <= 0.15 * sizes[1]
+    # 30 layers, 3 heads, keys and values of 64 fp32 channels, and a length
+    assert sizes[1] == 30 * (4096 * 3 * 2 * 64 * 4 + 3 * 4)
+
+
+def test_streaming_llm_keeps_its_quarter(smollm2):
+    model, tokenizer = smollm2
+    ids = tokenizer(prompts(tokenizer)[13], return_tensors="pt").input_ids
+    policy = StreamingLLM(budget=0.25, positions="absolute")
+    fast, full = (
+        kvfx.compress(model, each, compile=False, verify=False) for each in (policy, Full())
+    )
+    tokens = ids.shape[1]
+    kept = policy.kept(tokens)
+    assert kept == -(-tokens // 4)
+    found, every = (
+        each(ids, logits_to_keep=1).past_key_values.state.buffers for each in (fast, full)
+    )
+    chosen = [n for n in range(tokens) if n < policy.sinks or n >= tokens - kept + policy.sinks]
+    for few, all_ in zip(found, every, strict=True):
+        assert few["length"].tolist() == [[kept] * 3]
+        assert torch.equal(few["k_cache"][:, :, :kept], all_["k_cache"][:, :, chosen])
+        assert torch.equal(few["v_cache"][:, :, :kept], all_["v_cache"][:, :, chosen])
+    out = fast.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert out.shape[1] == tokens + 4
