@@ -237,7 +237,7 @@ OPS: dict[str, Op] = {
         *_room("dense", DENSE, "", _load_dense),
         Op(
             "attend_masked",
-            f"(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor position_ids, {_read(DENSE)}, *, "
+            f"(Tensor q, Tensor k, Tensor v, Tensor mask, {_read(DENSE)}, *, "
             "float scale) -> Tensor",
             "kvfx.kernels.masked.reference:attend",
             _like_query,

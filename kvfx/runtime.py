@@ -173,16 +173,16 @@ class Executor:
         """Read S >= 1 rows, `tokens` [B] of them real (position -1: padding), into a cache: logits
         [B, L, V].
 
-        Programs take two rows or more: a single one gets padding beside it.
+        Programs are compiled for two rows or more: a single one gets padding beside it.
         """
         program = "prefill" if state.columns == 0 else "extend"
         state.admit(input_ids.shape[1], tokens, as_prompt=True)
-        if input_ids.shape[1] == 1:
+        seen = self._history(state, input_ids)
+        if input_ids.shape[1] == 1 and not state.plan.masked:
             input_ids = torch.cat((input_ids, input_ids), 1)
             position_ids = torch.cat((torch.full_like(position_ids, -1), position_ids), 1)
             logits_index = logits_index + 1
         extra = [self._tokens(state)] if program == "prefill" and state.plan.selects else []
-        seen = self._history(state, input_ids)
         logits = self._run(
             program, input_ids, position_ids, logits_index, *seen, *extra, *state.tensors()
         )[0]

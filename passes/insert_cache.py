@@ -91,7 +91,7 @@ def _decode(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
 
 def _masked(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node) -> fx.Node:
     scale = emit.plan.site.scale
-    out = emit.op("attend_masked", q, k, v, mask, emit.position_ids, *emit.buffers, scale=scale)
+    out = emit.op("attend_masked", q, k, v, mask, *emit.buffers, scale=scale)
     emit.room("store", k, v, emit.live())
     return out
 

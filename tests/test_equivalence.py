@@ -1,6 +1,6 @@
-"""History does not matter: a sequence read whole, in pieces, padded, or after a rewind gives the same
-logits; and a compressed cache is the model's own cache with exactly the entries that the policy
-keeps.
+"""History does not matter: a sequence read whole, in pieces, padded, or after a rewind gives the
+same logits; and a compressed cache is the model's own cache with exactly the entries that the
+policy keeps.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
@@ -97,6 +97,7 @@ def splits(draw, first: int = 1) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=8)
 @given(cuts=splits())
 def test_any_split_is_one_pass(name, cuts):
     prompt = left_padded([TOKENS])
@@ -104,6 +105,7 @@ def test_any_split_is_one_pass(name, cuts):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=8)
 @given(cuts=splits(first=TOKENS - 9))
 def test_any_split_of_a_padded_batch_is_one_pass(name, cuts):
     prompt = left_padded([TOKENS, 10, 33])
@@ -117,6 +119,7 @@ def test_token_by_token_is_one_pass(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
+@settings(max_examples=8)
 @given(keep=st.integers(1, TOKENS - 1), wrong=st.integers(1, 9))
 def test_a_rewind_forgets_what_came_after(name, keep, wrong):
     fast, prompt = dense(name)[2], left_padded([TOKENS])

@@ -29,14 +29,12 @@ def dense(smollm2):
 
 @pytest.fixture(scope="module")
 def expected(smollm2):
-    """Per prompt: its tokens, and the tokens and logits [NEW, V] that the model itself generates."""
+    """Per prompt: its tokens, and the tokens and logits [NEW, V] that the model generates."""
     model, tokenizer = smollm2
     out = []
     for text in prompts(tokenizer):
         ids = tokenizer(text, return_tensors="pt").input_ids
-        reply = model.generate(
-            ids, **GREEDY, return_dict_in_generate=True, output_logits=True
-        )
+        reply = model.generate(ids, **GREEDY, return_dict_in_generate=True, output_logits=True)
         out.append((ids, reply.sequences[0, ids.shape[1] :], torch.cat(reply.logits)))
     return out
 

@@ -18,7 +18,6 @@ def attend(
     k: Tensor,
     v: Tensor,
     mask: Tensor,
-    position_ids: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     length: Tensor,
@@ -26,19 +25,13 @@ def attend(
 ) -> Tensor:
     """Attention of S rows over the entries and themselves, before they are stored: [B, H, S, Dv].
 
-    mask is [B or 1, H or 1, S, T] with T = entries + S, boolean (True: seen) or additive. A padding
-    row (position -1, beside a prompt of one token) is not seen.
+    mask is [B or 1, H or 1, S, T] with T = entries + S, boolean (True: seen) or additive.
     """
     del length
     past = mask.shape[3] - k.shape[2]
     keys = torch.cat((k_cache[:, :, :past], k), 2)
     values = torch.cat((v_cache[:, :, :past], v), 2)
-    hidden = F.pad(position_ids < 0, (past, 0))[:, None, None]
-    if mask.dtype is torch.bool:
-        mask = mask & ~hidden
-    else:
-        mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
     out = F.scaled_dot_product_attention(
         q, keys, values, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return rows_outermost(out.nan_to_num())
+    return rows_outermost(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,9 @@ class Tokenizer:
         return {"input_ids": [3 + ord(letter) % (VOCAB - 3) for letter in text]}
 
 
+LETTERS: Any = Tokenizer()
+
+
 def run_bench(model, *, told=None, **changes) -> DecodeBench:
     options = {
         "lengths": (16, 48),
@@ -34,7 +38,7 @@ def run_bench(model, *, told=None, **changes) -> DecodeBench:
         "tell": [].append if told is None else told.append,
         **changes,
     }
-    return bench_decode("tiny", model, Tokenizer(), **options)
+    return bench_decode("tiny", model, LETTERS, **options)
 
 
 @pytest.fixture(scope="module")
@@ -187,14 +191,15 @@ def test_inductor_cache_is_put_back(monkeypatch):
 
 
 def test_text_is_long_enough():
-    ids = text_ids(Tokenizer(), 50)
+    ids = text_ids(LETTERS, 50)
     assert ids.shape == (1, 50)
 
     class Words(Tokenizer):
         def __call__(self, text):
             return {"input_ids": [7, 8, 9]}
 
-    assert text_ids(Words(), 8).tolist() == [[7, 8, 9, 7, 8, 9, 7, 8]]
+    words: Any = Words()
+    assert text_ids(words, 8).tolist() == [[7, 8, 9, 7, 8, 9, 7, 8]]
 
 
 def test_clock():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -68,7 +69,7 @@ def test_run_streams_what_generate_gives(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer("the of", return_tensors="pt")["input_ids"]
     expected = model.generate(ids, max_new_tokens=6, do_sample=False)[0, 2:]
     options = ("--raw", "--no-compile", "--no-verify", "-p", "full", "-n", "6")
@@ -113,7 +114,7 @@ def test_chat_sees_what_one_long_prompt_would(folder):
     result = call("chat", folder, *options, typed="the\nof and\n")
     said = [line.removeprefix("> ") for line in result.stdout.splitlines() if line[:2] == "> "]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     ids, expected = torch.zeros(1, 0, dtype=torch.int64), []
     for line in ("user : the </s> assistant :", "</s> user : of and </s> assistant :"):
         new = tokenizer(line, return_tensors="pt", add_special_tokens=False)["input_ids"]

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 import kvfx
 from kvfx import KIVI, Full, PerLayer, StreamingLLM
-from kvfx.geometry import Causal, Site, Window
+from kvfx.geometry import Causal, Mask, Site, Window
 from kvfx.memory import memory_bytes, memory_formula, site_formula
 from kvfx.plan import make_plan
 from kvfx.runtime import State
 from kvfx.testing.tiny import left_padded, tiny_gemma3, tiny_llama
 
+CAUSAL = Causal()
 POLICIES = {
     "full": Full(),
     "kivi 2": KIVI(2),
@@ -30,7 +31,7 @@ POLICIES = {
 }
 
 
-def site(index: int = 0, kv_heads: int = 3, head_dim: int = 64, mask=Causal()) -> Site:
+def site(index: int = 0, kv_heads: int = 3, head_dim: int = 64, mask: Mask = CAUSAL) -> Site:
     """A site of nine query heads in fp32."""
     device = torch.device("cpu")
     name = f"layers.{index}"

@@ -211,3 +211,16 @@ def test_a_row_that_is_not_kept_stays_beyond_live():
     x = torch.randn(1, 2, 1, 4)
     reference.append(x, x, torch.tensor([[[True], [False]]]), *buffers)
     assert buffers[2].tolist() == [[1, 0]]
+
+
+def test_garbage_beyond_live_may_be_nan():
+    buffers = empty(1, 2, 9, 8, 8)
+    k, v, q = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 4, 3, 8)
+    reference.store(k, v, torch.ones(1, 2, 3, dtype=torch.bool), *buffers)
+    positions = torch.tensor([[3, 4, 5]])
+    attended = reference.attend(q[:, :, :1], positions[:, :1], *buffers, scale=SCALE)
+    live = torch.ones(1, 2, 1, 3, dtype=torch.bool)
+    torch.testing.assert_close(
+        attended.double(), truth(q[:, :, :1], k, v, live), rtol=1e-4, atol=1e-5
+    )
+    assert reference.extend(q, k, v, positions, *buffers, scale=SCALE).isfinite().all()

@@ -1,4 +1,4 @@
-"""MatchRope: pairing, width and frequencies are learnt from the graph, and rotate what it rotates."""
+"""MatchRope: pairing, width and frequencies are learnt, and rotate what the graph rotates."""
 
 from __future__ import annotations
 
