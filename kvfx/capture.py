@@ -124,7 +124,8 @@ def _as_sdpa_in_eval(model: PreTrainedModel) -> Iterator[None]:
     """Attention through SDPA and no dropout while the body runs; afterwards the model is as it
     was.
     """
-    implementation, training = model.config._attn_implementation, model.training
+    implementation = model.config._attn_implementation
+    training = [(module, module.training) for module in model.modules()]
     try:
         with contextlib.suppress(ValueError, ImportError):
             model.set_attn_implementation("sdpa")
@@ -133,7 +134,8 @@ def _as_sdpa_in_eval(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if implementation is not None and model.config._attn_implementation != implementation:
             model.set_attn_implementation(implementation)
-        model.train(training)
+        for module, flag in training:
+            module.training = flag
 
 
 def _share_weights(module: nn.Module, model: nn.Module) -> None:

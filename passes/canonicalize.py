@@ -48,9 +48,13 @@ class Canonicalize(Pass):
             ):
                 graph.module.graph.erase_node(node)
                 stats.hit("erase-check")
-        for node in graph.nodes:
+        # users first: what writes in place has to be known when its operand is looked at
+        for node in reversed(graph.nodes):
             same = _same_as(node)
             if same is not None:
+                for user in node.users:
+                    if node.target is aten.contiguous.default and user.target is aten.view.default:
+                        user.target = aten.reshape.default
                 node.replace_all_uses_with(same)
                 graph.module.graph.erase_node(node)
                 stats.hit("no-op")
@@ -95,9 +99,16 @@ def _inline(graph: Graph, node: fx.Node) -> None:
 def _same_as(node: fx.Node) -> fx.Node | None:
     """The operand that `node` returns unchanged, or None."""
     rule = NO_OPS.get(node.target) if node.op == "call_function" else None
+    if any(_writes(user) for user in node.users):
+        return None
     if rule is None or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     return node.args[0] if rule(node, node.args[0]) else None
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node changes an operand in place."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _always(node: fx.Node, operand: fx.Node) -> bool:

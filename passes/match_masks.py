@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from kvfx.geometry import Causal, Mask, Window
 from kvfx.graph import Graph, Level, Miss, ancestors, call, extract, operand, replace
@@ -17,21 +20,9 @@ aten = torch.ops.aten
 SHORTEST = 37
 # masks are evaluated at S x S; a longer window is proven with its constant scaled down
 LONGEST = 6000
-COMPARISONS = {
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    aten.rsub.Scalar,
-    aten.add.Scalar,
-    aten.sub.Scalar,
-    aten.lt.Scalar,
-    aten.le.Scalar,
-    aten.gt.Scalar,
-    aten.ge.Scalar,
-    aten.lt.Tensor,
-    aten.le.Tensor,
-    aten.gt.Tensor,
-    aten.ge.Tensor,
-}
+# beyond: the end of a slice, the smallest number of a dtype
+HUGE = 2**30
+LOWEST = {torch.finfo(torch.float16).max}
 SIZES = {aten.sym_size.int}
 
 
@@ -86,12 +77,12 @@ def prove_mask(graph: Graph, mask: fx.Node) -> Mask | Miss:
         return Miss("the mask depends on token values")
     if graph.input("logits_index") in nodes:
         return Miss("the mask depends on which logits are asked for")
-    long = sorted({value for value in _constants(nodes) if value > LONGEST})
+    long = sorted({value for value in _constants(graph, nodes) if value > LONGEST})
     if long:
         return _prove_scaled(graph, mask, long)
     probe = extract(graph.module, [mask], [input_ids, position_ids])
     return _prove_by_value(
-        graph, probe, mask, max((SHORTEST, *_constants(nodes), *_short_windows(graph)))
+        graph, probe, mask, max((SHORTEST, *_constants(graph, nodes), *_short_windows(graph)))
     )
 
 
@@ -106,9 +97,13 @@ def _prove_scaled(graph: Graph, mask: fx.Node, long: list[int]) -> Mask | Miss:
         probe = extract(
             graph.module, [mask], [graph.input("input_ids"), graph.input("position_ids")]
         )
+        changed = False
         for node in probe.graph.nodes:
-            if node.target in COMPARISONS:
-                node.args = tuple(_scaled(arg, long[0], small) for arg in node.args)
+            args = pytree.tree_map(lambda arg: _scaled(arg, long[0], small), node.args)
+            changed |= repr(args) != repr(node.args)
+            node.args = args
+        if not changed:
+            return Miss(f"the mask's constant {long[0]} is a tensor or a factor, too long to probe")
         probe.recompile()
         fact = _prove_by_value(graph, probe, mask, max(SHORTEST, small, *_short_windows(graph)))
         if not fact:
@@ -172,15 +167,24 @@ def _fit(seen: Tensor | Miss, rows: int) -> Mask | Miss:
     return Miss("the mask is neither causal nor a causal window")
 
 
-def _constants(nodes: set[fx.Node]) -> set[int]:
-    """Every integer that the mask compares or shifts indices with."""
-    return {
-        abs(arg)
-        for node in nodes
-        if node.target in COMPARISONS
-        for arg in node.args
-        if isinstance(arg, int) and not isinstance(arg, bool)
-    }
+def _constants(graph: Graph, nodes: set[fx.Node]) -> set[int]:
+    """Every number in the mask's sub-graph, in arguments or tensors: none may hide a window."""
+    found = set()
+    for node in nodes:
+        for leaf in pytree.tree_leaves((node.args, node.kwargs)):
+            found.add(_length(leaf))
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(graph.module)
+            found.add(max(value.shape) if value.numel() > 1 else _length(value.item()))
+    return found - {0}
+
+
+def _length(value: object) -> int:
+    """The window that a number may stand for: itself, or its inverse if it is a factor."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value:
+        return 0
+    size = abs(value) if abs(value) >= 1 else 1 / abs(value)
+    return 0 if size > HUGE or size in LOWEST else math.ceil(size)
 
 
 def _short_windows(graph: Graph) -> tuple[int, ...]:
@@ -188,6 +192,6 @@ def _short_windows(graph: Graph) -> tuple[int, ...]:
 
 
 def _scaled(arg: object, value: int, small: int) -> object:
-    if isinstance(arg, int) and abs(arg) == value:
+    if isinstance(arg, (int, float)) and not isinstance(arg, bool) and abs(arg) == value:
         return small if arg > 0 else -small
     return arg

@@ -62,17 +62,17 @@ def _narrowed(value: Tensor, rows: Mapping[sympy.Expr, int]) -> Tensor:
     """A fake tensor like `value`, with symbols replaced in its shape."""
     mode = fake_mode(value)
     assert mode is not None
-    shape = [
-        size.node.expr.xreplace(rows) if isinstance(size, torch.SymInt) else size
-        for size in value.shape
-    ]
-    symbols = {str(size): size for size in value.shape}
+    shape = [_narrowed_size(size, rows) for size in value.shape]
     with mode:
-        return torch.empty(
-            [
-                int(size) if isinstance(size, int) or size.is_Integer else symbols[str(size)]
-                for size in shape
-            ],
-            dtype=value.dtype,
-            device=value.device,
-        )
+        return torch.empty(shape, dtype=value.dtype, device=value.device)
+
+
+def _narrowed_size(size: int | torch.SymInt, rows: Mapping[sympy.Expr, int]) -> int | torch.SymInt:
+    """A size with symbols replaced; B * S becomes B, for one row."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    expression = sympy.sympify(size.node.expr.xreplace(rows))
+    if expression.is_Integer:
+        return int(expression)
+    hint = int(expression.subs(dict.fromkeys(expression.free_symbols, 2)))
+    return cast(torch.SymInt, size.node.shape_env.create_symintnode(expression, hint=hint))

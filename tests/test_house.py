@@ -175,7 +175,7 @@ def test_import_law(path):
         ("kvfx.passes.match_rope", "import kvfx.kernels.rope.reference"),
         ("kvfx.capture", "from transformers import AutoConfig"),
         ("kvfx.cli", "try:\n    import triton\nexcept ImportError:\n    pass"),
-        ("kvfx.compress", "import numpy"),
+        ("kvfx.compiler", "import numpy"),
     ],
 )
 def test_import_law_finds(module, source):

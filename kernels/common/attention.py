@@ -23,6 +23,8 @@ def attend_step(q: Tensor, k: Tensor, v: Tensor, live: Tensor, scale: float) -> 
     # one query head at a time: each pass is a plain reduction over contiguous channels
     score = torch.stack([(row[:, :, None] * k).sum(-1) for row in q.unbind(2)], dim=2)
     weight = score.masked_fill(~live[:, :, None], float("-inf")).softmax(-1)
+    # zero times garbage may be NaN
+    v = v.masked_fill(~live[..., None], 0)
     out = torch.stack([(row[..., None] * v).sum(2) for row in weight.unbind(2)], dim=2)
     return out.reshape(batch, heads, 1, v.shape[-1])
 
@@ -42,6 +44,8 @@ def attend_rows(
     q [B, H, S, D], k, v [B, K, S, D], position_ids [B, S]; past k, v [B, K, T, D] with live [B, K,
     T]. Padding rows (position -1) are not seen, and come out as zeros.
     """
+    # zero times garbage may be NaN
+    k_past, v_past = (x.masked_fill(~live[..., None], 0) for x in (k_past, v_past))
     keys, values = torch.cat((k_past, k), 2), torch.cat((v_past, v), 2)
     kv_heads, heads = k.shape[1], q.shape[1]
     past = live[:, :, None] & (position_ids >= 0)[:, None, :, None]

@@ -65,7 +65,7 @@ def hf_static(model: PreTrainedModel) -> Contender:
 
 def kvfx_under(model: PreTrainedModel, policy: str, *, compile: bool) -> Contender:
     """`kvfx.compress(model, policy)`, compiled once for all lengths."""
-    from kvfx.compress import compress
+    from kvfx.compiler import compress
 
     start = time.perf_counter()
     fast = compress(model, policy, compile=compile)

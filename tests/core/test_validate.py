@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvfx.capture import capture
-from kvfx.compress import compress
+from kvfx.compiler import compress
 from kvfx.errors import VerificationError
 from kvfx.geometry import Window
 from kvfx.graph import Graph

@@ -76,8 +76,7 @@ def test_repeated_heads(exported, apply, run, repeat_kv, kv_heads, repeat):
     assert stats.hits == {"sdpa": 1}
     FileCheck().check_not("scaled_dot").check_not("expand").check_not("repeat_interleave").check(
         f"kvfx.attention(%q, %k, %v, None, None, scale=0.3, kv_repeat={repeat})"
-    ).check_same("# attention <- sdpa"
-    ).run(graph.text)
+    ).check_same("# attention <- sdpa").run(graph.text)
     torch.testing.assert_close(run(graph, *given)[0], module(*given))
 
 

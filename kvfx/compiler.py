@@ -1,6 +1,4 @@
-"""`compress`: a decoder in, the same decoder with a compressed cache out. `explain`: the same,
-without running it.
-"""
+"""`compress`: a decoder in, the same decoder with a compressed cache out; `explain`: a report."""
 
 from __future__ import annotations
 
