@@ -9,6 +9,7 @@ from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 from torch.utils import _pytree as pytree
 
 from kvfx.geometry import Causal, Mask, Window
@@ -99,7 +100,7 @@ def _prove_scaled(graph: Graph, mask: fx.Node, long: list[int]) -> Mask | Miss:
         )
         changed = False
         for node in probe.graph.nodes:
-            args = pytree.tree_map(lambda arg: _scaled(arg, long[0], small), node.args)
+            args = _scaled(node.args, long[0], small)
             changed |= repr(args) != repr(node.args)
             node.args = args
         if not changed:
@@ -191,7 +192,12 @@ def _short_windows(graph: Graph) -> tuple[int, ...]:
     return tuple(window for window in graph.windows if window <= LONGEST)
 
 
-def _scaled(arg: object, value: int, small: int) -> object:
-    if isinstance(arg, (int, float)) and not isinstance(arg, bool) and abs(arg) == value:
-        return small if arg > 0 else -small
-    return arg
+def _scaled(args: tuple[Argument, ...], value: int, small: int) -> tuple[Argument, ...]:
+    """The operands of a node with `small` in the place of `value`, and its sign."""
+
+    def scaled(arg: object) -> object:
+        if isinstance(arg, (int, float)) and not isinstance(arg, bool) and abs(arg) == value:
+            return small if arg > 0 else -small
+        return arg
+
+    return cast(tuple[Argument, ...], pytree.tree_map(scaled, args))

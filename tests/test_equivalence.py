@@ -52,8 +52,8 @@ def dense(name: str):
 
 @cache
 def base():
-    """The model that policies are tried on."""
-    return tiny_llama(head_dim=32)
+    """The model that policies are tried on: fp64, so that rounding does not flip a code."""
+    return tiny_llama(head_dim=32).double()
 
 
 @cache
@@ -150,8 +150,8 @@ def stream(fast, lengths, rows=None, steps: int = 90, seed: int = 0) -> Tensor:
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
-    """Equal but for rounding."""
-    bound = torch.finfo(expected.dtype).eps ** 0.5 * float(expected.abs().max())
+    """Equal but for the rounding of fp32, in which kernels compute."""
+    bound = torch.finfo(torch.float32).eps ** 0.5 * float(expected.abs().max())
     assert found.shape == expected.shape
     assert float((found - expected).abs().max()) <= bound
 
