@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import sympy
@@ -22,6 +23,7 @@ def in_buckets(entries: int) -> int:
     return -(-max(entries, 1) // BUCKET) * BUCKET
 
 
+@functools.cache
 def evaluated(extent: Extent, batch: int, capacity: int) -> int:
     """An expression in `BATCH` and `CAPACITY` as a number."""
     value = sympy.sympify(extent).subs([(BATCH, batch), (CAPACITY, capacity)])
@@ -51,6 +53,11 @@ class Buffer:
     def bytes(self) -> sympy.Expr:
         """Bytes of the buffer as an expression in `BATCH` and `CAPACITY`."""
         return sympy.Mul(*map(sympy.sympify, self.shape)) * self.dtype.itemsize
+
+    @property
+    def fixed_axes(self) -> tuple[int, ...]:
+        """The axes whose size never changes."""
+        return tuple(axis for axis, extent in enumerate(self.shape) if isinstance(extent, int))
 
     def allocate(self, batch: int, capacity: int, device: torch.device) -> torch.Tensor:
         """An empty buffer on `device`."""

@@ -4,7 +4,7 @@ model it came from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -84,7 +84,7 @@ class CompressedCache(HFCache):
         caches refuse.
         """
         if self.state is not None:
-            length = self.state.columns + max_length if max_length < 0 else max_length
+            length = self.state.columns + max_length if max_length <= 0 else max_length
             self.state.crop(min(length, self.state.columns))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -191,11 +191,10 @@ class CompressedModel(GenerationMixin, nn.Module):
         """An empty cache, for a conversation that is driven by hand."""
         return CompressedCache(self.plan, self.max_length)
 
-    def to(self, *args: Any, **kwargs: Any) -> CompressedModel:
-        """Refuse to move: programs are compiled for the device and dtype of the model they came
-        from.
-        """
-        probe = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedModel:
+        """Refuse to move or cast: programs are compiled for the device and dtype of the model."""
+        del recurse
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         if probe.device != self.device or probe.dtype != self.dtype:
             raise UnsupportedOperation(
                 "a compressed model cannot be moved or cast: move the model, then compress it"

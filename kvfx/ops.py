@@ -53,6 +53,10 @@ def _like_first(x: Tensor, *_: object, **__: object) -> Tensor:
     return torch.empty_like(x)
 
 
+def _like_second(_: Tensor, x: Tensor, **__: object) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _live_rows(position_ids: Tensor, kv_heads: int) -> Tensor:
     batch, rows = position_ids.shape
     return position_ids.new_empty(batch, kv_heads, rows, dtype=torch.bool)
@@ -212,6 +216,13 @@ OPS: dict[str, Op] = {
             "(Tensor tokens, *, int kv_heads, float fraction, int entries, int least) -> Tensor",
             "kvfx.kernels.select.reference:allocate_uniform",
             _allocate,
+            traced=True,
+        ),
+        Op(
+            "hold_back",
+            "(Tensor live, Tensor count, *, int interval) -> Tensor",
+            "kvfx.kernels.select.reference:hold_back",
+            _like_second,
             traced=True,
         ),
         Op(

@@ -29,7 +29,12 @@ class Schedule:
 
     def limit(self, tokens: int) -> int | None:
         """Entries at which a row is compacted, or None where nothing is ever evicted."""
-        return None if self.select is None else self.select.kept(tokens) + self.select.interval
+        return None if self.select is None else self.select.allowed(tokens) + self.select.interval
+
+    def compacted(self, entries: int, tokens: int) -> int:
+        """Entries of a row after a run of the compact program."""
+        limit = self.limit(tokens)
+        return entries if limit is None or entries < limit else self.kept(tokens)
 
     def due(self, entries: int, tokens: int) -> bool:
         """Whether a row of `entries` entries after a prompt of `tokens` tokens is to be compacted

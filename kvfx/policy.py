@@ -114,10 +114,14 @@ class Select(Policy):
         """The smallest number of entries with which the method makes sense."""
         return 1
 
-    def kept(self, tokens: int) -> int:
-        """Entries kept per KV head after a prompt of `tokens` tokens."""
+    def allowed(self, tokens: int) -> int:
+        """Entries that a prompt of `tokens` tokens may keep per KV head."""
         wanted = self.budget if isinstance(self.budget, int) else math.ceil(self.budget * tokens)
-        return min(tokens, max(wanted, self.least()))
+        return max(wanted, self.least())
+
+    def kept(self, tokens: int) -> int:
+        """Entries that are there per KV head after a prompt of `tokens` tokens."""
+        return min(tokens, self.allowed(tokens))
 
     def constraint(self, site: Site) -> str | None:
         """Why this method cannot choose among the tokens of `site`, or None."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config
 
+from kvfx.cache import Buffer
 from kvfx.errors import CapacityExceeded, InputError, UnsupportedOperation
 from kvfx.plan import Plan, Schedule, SitePlan
 
@@ -34,6 +35,7 @@ class State:
         }
         self.capacities = [0] * len(plan.sites)
         self.buffers: list[dict[str, Tensor]] = [{} for _ in plan.sites]
+        self.fresh: list[tuple[Tensor, Buffer]] = []
         device = plan.sites[0].site.device
         self.history = torch.zeros(batch, 0, dtype=torch.int64, device=device)
         self.next_position = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -82,12 +84,8 @@ class State:
     def compacted(self) -> None:
         """Account for a run of the compact program, and give back what a long prompt had needed."""
         for schedule, entries in self.entries.items():
-            limits = (
-                map(schedule.kept, self.prompt_tokens) if schedule.select is not None else entries
-            )
-            self.entries[schedule] = [
-                min(count, limit) for count, limit in zip(entries, limits, strict=True)
-            ]
+            pairs = zip(entries, self.prompt_tokens, strict=True)
+            self.entries[schedule] = [schedule.compacted(*pair) for pair in pairs]
         self._fit(shrink=True)
 
     def crop(self, length: int) -> None:
@@ -128,9 +126,9 @@ class State:
         }
         self.next_position = self.next_position.index_select(0, rows)
         self.history = self.history.index_select(0, rows)
-        self.buffers = [
-            {name: old.index_select(0, rows) for name, old in site.items()} for site in self.buffers
-        ]
+        for index, buffers in enumerate(self.buffers):
+            chosen = {name: old.index_select(0, rows) for name, old in buffers.items()}
+            self._replace(index, chosen)
 
     def _fit(self, *, shrink: bool) -> None:
         """Allocate or grow the buffers of every site; after an eviction, shrink them as well."""
@@ -147,20 +145,30 @@ class State:
 
     def _resize(self, index: int, plan: SitePlan, capacity: int) -> None:
         old, site = self.buffers[index], plan.site
-        self.buffers[index] = {
+        new = {
             name: buffer.resize(old[name], self.batch, capacity)
             if old
             else buffer.allocate(self.batch, capacity, site.device)
             for name, buffer in plan.store.buffers(site).items()
         }
+        self._replace(index, new)
         self.capacities[index] = capacity
+
+    def _replace(self, index: int, buffers: dict[str, Tensor]) -> None:
+        plan = self.plan.sites[index]
+        self.buffers[index] = buffers
+        layouts = plan.store.buffers(plan.site).values()
+        self.fresh += zip(buffers.values(), layouts, strict=True)
 
 
 class Executor:
     """The compiled programs of a model: runs one step on a `State`."""
 
-    def __init__(self, programs: Mapping[str, Callable[..., Any]]) -> None:
+    def __init__(
+        self, programs: Mapping[str, Callable[..., Any]], *, compiled: tuple[str, ...] = ()
+    ) -> None:
         self.programs = programs
+        self.compiled = compiled
 
     def prompt(
         self,
@@ -184,7 +192,7 @@ class Executor:
             logits_index = logits_index + 1
         extra = [self._tokens(state)] if program == "prefill" and state.plan.selects else []
         logits = self._run(
-            program, input_ids, position_ids, logits_index, *seen, *extra, *state.tensors()
+            state, program, input_ids, position_ids, logits_index, *seen, *extra, *state.tensors()
         )[0]
         state.next_position = torch.maximum(
             state.next_position, position_ids.amax(1, keepdim=True) + 1
@@ -198,7 +206,7 @@ class Executor:
         index = torch.zeros(1, dtype=torch.int64, device=input_ids.device)
         seen = self._history(state, input_ids)
         logits = self._run(
-            "decode", input_ids, state.next_position, index, *seen, *state.tensors()
+            state, "decode", input_ids, state.next_position, index, *seen, *state.tensors()
         )[0]
         state.next_position = state.next_position + 1
         self._compact(state)
@@ -208,10 +216,18 @@ class Executor:
         if not state.due():
             return
         extra = [self._tokens(state)] if state.plan.selects else []
-        self._run("compact", *extra, *state.tensors())
+        self._run(state, "compact", *extra, *state.tensors())
         state.compacted()
 
-    def _run(self, program: str, *args: Tensor) -> tuple[Tensor, ...]:
+    def _run(self, state: State, program: str, *args: Tensor) -> tuple[Tensor, ...]:
+        if program not in self.compiled:
+            return self.programs[program](*args)
+        # loads the whole of Dynamo: only where something is compiled
+        from torch._dynamo import mark_static
+
+        for tensor, layout in state.fresh:
+            mark_static(tensor, list(layout.fixed_axes))
+        state.fresh.clear()
         # sizes that happen to be equal at the first call (rows and batch, say) are not one size
         with _config.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
             return self.programs[program](*args)

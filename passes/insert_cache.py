@@ -133,6 +133,9 @@ def _select(emit: Emitter, q: fx.Node | None, k: fx.Node, v: fx.Node, live: fx.N
         entries=select.budget if counted else 0,
         least=select.least(),
     )
+    if q is None:
+        # a row that has not reached its limit waits, whatever its neighbours do
+        count = emit.op("hold_back", live, count, interval=select.interval)
     score = () if select.score is None else (emit.op(select.score, q, k, v, live),)
     return emit.op(select.select, *score, live, count, **select.attributes())
 

@@ -14,14 +14,23 @@ def allocate_uniform(
     """Entries to keep per row and head, [B, K] int64: `entries`, or that `fraction` of tokens [B]
     when it is 0.
 
-    Never fewer than `least` and never more than there are tokens.
+    Never fewer than `least`; it may be more than there are tokens.
     """
     wanted = (
         torch.full_like(tokens, entries)
         if entries
         else torch.ceil(tokens.double() * fraction).long()
     )
-    return torch.minimum(wanted.clamp(min=least), tokens)[:, None].expand(-1, kv_heads)
+    return wanted.clamp(min=least)[:, None].expand(-1, kv_heads)
+
+
+def hold_back(live: Tensor, count: Tensor, interval: int) -> Tensor:
+    """Entries to keep where eviction waits until `interval` more than count [B, K] are there.
+
+    live is [B, K, T]; a row and head with fewer live entries keeps them all.
+    """
+    entries = live.sum(-1)
+    return torch.where(entries >= count + interval, count, entries)
 
 
 def select_recent(live: Tensor, count: Tensor, sinks: int) -> Tensor:
