@@ -255,6 +255,8 @@ class CompressedModel(GenerationMixin, nn.Module):
                 "a compressed model reads input_ids"
                 + (", not inputs_embeds" if inputs_embeds is not None else "")
             )
+        if 0 in input_ids.shape:
+            raise InputError(f"input_ids is {list(input_ids.shape)}: there is no token to read")
         wanted = {
             "labels": labels,
             "output_attentions": output_attentions,

@@ -34,7 +34,9 @@ class Schedule:
     def compacted(self, entries: int, tokens: int) -> int:
         """Entries of a row after a run of the compact program."""
         limit = self.limit(tokens)
-        return entries if limit is None or entries < limit else self.kept(tokens)
+        if self.select is None or limit is None or entries < limit:
+            return entries
+        return self.select.allowed(tokens)
 
     def due(self, entries: int, tokens: int) -> bool:
         """Whether a row of `entries` entries after a prompt of `tokens` tokens is to be compacted

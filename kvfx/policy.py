@@ -126,7 +126,7 @@ class Select(Policy):
     def constraint(self, site: Site) -> str | None:
         """Why this method cannot choose among the tokens of `site`, or None."""
         if self.positions == "cache" and site.rope is None:
-            return "no rotary embedding to move keys by: use positions='absolute'"
+            return "no rotary embedding was matched: use positions='absolute'"
         return None
 
 

@@ -69,9 +69,7 @@ class MatchMasks(Pass):
 
 
 def prove_mask(graph: Graph, mask: fx.Node) -> Mask | Miss:
-    """Evaluate the mask's own sub-graph at two lengths beyond every constant in it, and name the
-    family it belongs to.
-    """
+    """The family of a mask, from its own sub-graph at two lengths beyond every constant in it."""
     input_ids, position_ids = graph.input("input_ids"), graph.input("position_ids")
     nodes = ancestors([mask])
     if any(user in nodes and user.target not in SIZES for user in input_ids.users):
@@ -88,9 +86,7 @@ def prove_mask(graph: Graph, mask: fx.Node) -> Mask | Miss:
 
 
 def _prove_scaled(graph: Graph, mask: fx.Node, long: list[int]) -> Mask | Miss:
-    """Prove a mask whose only long constant is W: with two small values in its place it must be a
-    window of each.
-    """
+    """Prove a mask with one long constant W: with small values in its place, it is their window."""
     if len(long) > 1:
         return Miss(f"the mask has several constants beyond {LONGEST}: {', '.join(map(str, long))}")
     facts = []

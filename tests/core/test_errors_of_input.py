@@ -252,3 +252,9 @@ def test_what_is_not_computed_is_said(name, value):
 
 def test_what_was_not_asked_for_is_not_refused():
     assert fast()(PROMPT, labels=None, output_attentions=False).logits.shape == (1, 6, 99)
+
+
+def test_no_token_at_all():
+    fast = kvfx.compress(tiny_llama(layers=1), "full", compile=False, verify=False)
+    with pytest.raises(InputError, match="there is no token to read"):
+        fast(torch.zeros(1, 0, dtype=torch.int64))

@@ -97,6 +97,18 @@ SAMPLES = {
         lambda: (torch.tensor([5, 9]),),
         {"kv_heads": KV_HEADS, "fraction": 0.5, "entries": 0, "least": 1},
     ),
+    "hold_back": (lambda: (keep(), counts()), {"interval": 1}),
+    "attend_masked": (
+        lambda: (
+            rows(HEADS),
+            rows(),
+            rows(),
+            torch.ones(1, 1, ROWS, ROWS, dtype=torch.bool).tril(),
+            *room_samples("dense")["store_dense"][0]()[3:],
+        ),
+        {"scale": 0.2},
+    ),
+    "store_masked": room_samples("dense")["store_dense"],
     "select_recent": (lambda: (keep(), counts()), {"sinks": 1}),
     "select_top": (
         lambda: (torch.rand(BATCH, KV_HEADS, ROWS), keep(), counts()),

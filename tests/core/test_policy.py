@@ -109,7 +109,7 @@ def test_a_preset_is_found(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("kivi-2bits", "kivi-2bit"), ("kivi2bit", "kivi-2bit"), ("Full", "full")]
+    ("name", "near"), [("kivi-2bits", "kivi-2bit"), ("kivi2bit", "kivi-2bit"), ("fulll", "full")]
 )
 def test_an_unknown_name_names_the_nearest(name, near):
     with pytest.raises(PolicyError) as caught:

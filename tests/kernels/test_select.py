@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfx.kernels.select.reference import allocate_uniform, select_recent, select_top
+from kvfx.kernels.select.reference import allocate_uniform, hold_back, select_recent, select_top
 
 ROWS = st.lists(
     st.lists(st.tuples(st.booleans(), st.integers(-2, 2)), min_size=13, max_size=13),
@@ -101,8 +101,14 @@ def test_low_precision_scores_rank_too(dtype):
 def test_allocate_uniform(fraction, entries, least):
     tokens = torch.tensor([1, 4, 9, 63, 1000])
     count = allocate_uniform(tokens, 3, fraction, entries, least)
-    wanted = [min(n, max(entries or math.ceil(fraction * n), least)) for n in tokens.tolist()]
+    wanted = [max(entries or math.ceil(fraction * n), least) for n in tokens.tolist()]
     assert count.tolist() == [[n] * 3 for n in wanted]
+
+
+def test_rows_are_held_back_until_they_are_due():
+    live = torch.arange(9) < torch.tensor([[[5], [6]], [[8], [0]]])
+    count = torch.tensor([[4, 4], [4, 4]])
+    assert hold_back(live, count, interval=2).tolist() == [[5, 4], [4, 0]]
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.55, 0.7])
