@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config
 
-from kvfx.cache import Buffer
 from kvfx.errors import CapacityExceeded, InputError, UnsupportedOperation
 from kvfx.plan import Plan, Schedule, SitePlan
 
@@ -35,7 +34,7 @@ class State:
         }
         self.capacities = [0] * len(plan.sites)
         self.buffers: list[dict[str, Tensor]] = [{} for _ in plan.sites]
-        self.fresh: list[tuple[Tensor, Buffer]] = []
+        self.moved = False
         device = plan.sites[0].site.device
         self.history = torch.zeros(batch, 0, dtype=torch.int64, device=device)
         self.next_position = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -59,16 +58,16 @@ class State:
                 f"{max(seen)} tokens do not fit into max_length={self.max_length}: compress with "
                 "a larger max_length"
             )
-        if as_prompt:
-            self.prompt_tokens = seen
-        for schedule, entries in self.entries.items():
-            new = [schedule.kept(count) for count in tokens] if first else tokens
-            self.entries[schedule] = [old + count for old, count in zip(entries, new, strict=True)]
         if self.plan.masked and min(tokens) < columns:
             raise InputError(
                 "padded batches cannot be read: a site is dense under the model's own mask "
                 "(strict=False), which knows no padding: give one row, or rows of equal length"
             )
+        if as_prompt:
+            self.prompt_tokens = seen
+        for schedule, entries in self.entries.items():
+            new = [schedule.kept(count) for count in tokens] if first else tokens
+            self.entries[schedule] = [old + count for old, count in zip(entries, new, strict=True)]
         self.columns += columns
         self.positions = seen
         self._fit(shrink=False)
@@ -155,10 +154,8 @@ class State:
         self.capacities[index] = capacity
 
     def _replace(self, index: int, buffers: dict[str, Tensor]) -> None:
-        plan = self.plan.sites[index]
         self.buffers[index] = buffers
-        layouts = plan.store.buffers(plan.site).values()
-        self.fresh += zip(buffers.values(), layouts, strict=True)
+        self.moved = True
 
 
 class Executor:
@@ -222,12 +219,8 @@ class Executor:
     def _run(self, state: State, program: str, *args: Tensor) -> tuple[Tensor, ...]:
         if program not in self.compiled:
             return self.programs[program](*args)
-        # loads the whole of Dynamo: only where something is compiled
-        from torch._dynamo import mark_static
-
-        for tensor, layout in state.fresh:
-            mark_static(tensor, list(layout.fixed_axes))
-        state.fresh.clear()
+        if state.moved:
+            _mark_fixed_axes(state)
         # sizes that happen to be equal at the first call (rows and batch, say) are not one size
         with _config.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
             return self.programs[program](*args)
@@ -242,3 +235,15 @@ class Executor:
 
     def _tokens(self, state: State) -> Tensor:
         return torch.tensor(state.prompt_tokens, device=state.next_position.device)
+
+
+def _mark_fixed_axes(state: State) -> None:
+    """Tell the compiler which axes of new buffers never change: fewer symbols, tighter loops."""
+    # loads the whole of Dynamo: only where something is compiled
+    from torch._dynamo import mark_static
+
+    for site, buffers in zip(state.plan.sites, state.buffers, strict=True):
+        layouts = site.store.buffers(site.site)
+        for name, tensor in buffers.items():
+            mark_static(tensor, list(layouts[name].fixed_axes))
+    state.moved = False

@@ -139,7 +139,7 @@ def test_cache_positions_without_rotary_embeddings():
         tiny_gpt2(),
         UnsupportedShape,
         "no rotary embedding",
-        'positions="absolute"',
+        "positions='absolute'",
         policy=StreamingLLM(),
     )
 

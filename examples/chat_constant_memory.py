@@ -1,0 +1,54 @@
+"""A chat of many turns on one cache that stops growing: StreamingLLM with a fixed budget."""
+
+from __future__ import annotations
+
+import torch
+
+import kvfx
+from kvfx import models
+
+BUDGET = 192
+INTERVAL = 32
+TURNS = (
+    "Hi! I would like to learn about the sea.",
+    "Why is it salty?",
+    "And why is it blue?",
+    "Which animals live at its ground?",
+    "Tell me more about the whale.",
+    "What does it eat?",
+)
+
+
+def main() -> None:
+    """Print every turn with the tokens read so far, the entries held, and the cache's bytes."""
+    model, tokenizer = models.load("smollm2")
+    # the first 4 tokens and the newest 188; up to 32 more before the next eviction
+    policy = kvfx.StreamingLLM(sinks=4, budget=BUDGET, interval=INTERVAL)
+    # eager, for a quick start: a real chat is faster with compile=True
+    fast = kvfx.compress(model, policy, compile=False)
+    cache = fast.new_cache()
+    said = torch.empty(1, 0, dtype=torch.int64)
+    for turn in TURNS:
+        text = f"<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n"
+        new = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        # generate wants all tokens since the start, and reads only those that the cache has not seen
+        ids = torch.cat((said, new), 1)
+        said = fast.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=40,
+            do_sample=False,
+        )
+        reply = tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+        entries = int(cache.state.buffers[0]["length"].max())
+        dense = fast.report.before * cache.get_seq_length()
+        print(f"> {turn}\n{reply.strip()}")
+        print(
+            f"  [{cache.get_seq_length()} tokens read, {entries} entries held, cache "
+            f"{cache.nbytes() / 2**20:.1f} MiB, a dense one has {dense / 2**20:.1f} MiB]\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
