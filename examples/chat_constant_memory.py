@@ -7,22 +7,22 @@ import torch
 import kvfx
 from kvfx import models
 
-BUDGET = 192
+BUDGET = 96
 INTERVAL = 32
 TURNS = (
-    "Hi! I would like to learn about the sea.",
-    "Why is it salty?",
-    "And why is it blue?",
-    "Which animals live at its ground?",
-    "Tell me more about the whale.",
-    "What does it eat?",
+    "Which planet is the largest?",
+    "And which one is the smallest?",
+    "What is the capital of France?",
+    "Name a river there.",
+    "What is two plus three?",
+    "Which color has the sky?",
 )
 
 
 def main() -> None:
     """Print every turn with the tokens read so far, the entries held, and the cache's bytes."""
     model, tokenizer = models.load("smollm2")
-    # the first 4 tokens and the newest 188; up to 32 more before the next eviction
+    # the first 4 tokens and the newest 92; up to 32 more before the next eviction
     policy = kvfx.StreamingLLM(sinks=4, budget=BUDGET, interval=INTERVAL)
     # eager, for a quick start: a real chat is faster with compile=True
     fast = kvfx.compress(model, policy, compile=False)
@@ -31,13 +31,13 @@ def main() -> None:
     for turn in TURNS:
         text = f"<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n"
         new = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        # generate wants all tokens since the start, and reads only those that the cache has not seen
+        # generate wants all tokens since the start, and reads those that the cache has not seen
         ids = torch.cat((said, new), 1)
         said = fast.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
-            max_new_tokens=40,
+            max_new_tokens=24,
             do_sample=False,
         )
         reply = tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)

@@ -101,22 +101,39 @@ def add_history_inputs(graph: Graph) -> tuple[fx.Node, fx.Node]:
     return ids, _add_input(graph, "history_positions", values[1])
 
 
-def add_buffer_inputs(graph: Graph, plan: SitePlan) -> tuple[fx.Node, ...]:
-    """One input per buffer of the site, with symbolic batch and capacity."""
-    prefix, positions = f"site_{plan.site.index}", graph.input("position_ids").meta["val"]
+def add_buffer_inputs(
+    graph: Graph, plan: SitePlan, known: dict[tuple[Buffer, ...], tuple[torch.Tensor, ...]]
+) -> tuple[fx.Node, ...]:
+    """One input per buffer of the site, with symbolic batch and capacity.
+
+    Sites with equal buffers have values of equal shape: `known` remembers them within a program.
+    """
+    buffers = plan.store.buffers(plan.site)
+    layout = tuple(buffers.values())
+    if layout not in known:
+        known[layout] = _buffer_values(graph, plan, buffers)
+    prefix = f"site_{plan.site.index}"
+    values = zip(buffers, known[layout], strict=True)
+    return tuple(_add_input(graph, f"{prefix}_{name}", value) for name, value in values)
+
+
+def _buffer_values(
+    graph: Graph, plan: SitePlan, buffers: dict[str, Buffer]
+) -> tuple[torch.Tensor, ...]:
+    positions = graph.input("position_ids").meta["val"]
     mode = fake_mode(positions)
     assert mode is not None
+    prefix = f"site_{plan.site.index}"
     sizes: dict[object, torch.SymInt] = {
         BATCH: positions.shape[0],
         CAPACITY: _symbol(mode, f"{prefix}_capacity", HINT),
     }
-    nodes = []
-    for name, buffer in plan.store.buffers(plan.site).items():
+    values = []
+    for name, buffer in buffers.items():
         shape = _symbolic_shape(buffer, sizes, mode, f"{prefix}_{name}")
         with mode:
-            value = torch.empty(shape, dtype=buffer.dtype, device=plan.site.device)
-        nodes.append(_add_input(graph, f"{prefix}_{name}", value))
-    return tuple(nodes)
+            values.append(torch.empty(shape, dtype=buffer.dtype, device=plan.site.device))
+    return tuple(values)
 
 
 def _symbolic_shape(
@@ -152,7 +169,7 @@ def _symbol(mode: torch._subclasses.FakeTensorMode, name: str, hint: int) -> tor
 
 def _add_input(graph: Graph, name: str, value: object) -> fx.Node:
     """A new input after the existing ones."""
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    last = graph.module.graph.find_nodes(op="placeholder")[-1]
     with graph.module.graph.inserting_after(last):
         node = graph.module.graph.placeholder(name)
     node.meta["val"] = value

@@ -75,7 +75,8 @@ class Graph:
 
     def input(self, name: str) -> fx.Node:
         """The graph input called `name`."""
-        return next(node for node in self.nodes if node.op == "placeholder" and node.target == name)
+        inputs = self.module.graph.find_nodes(op="placeholder")
+        return next(node for node in inputs if node.target == name)
 
     def calls(self, target: Target) -> list[fx.Node]:
         """The nodes that call `target`."""

@@ -45,9 +45,10 @@ class InsertCache(Pass):
             _hide_padding(graph)
         selects = self.plan.selects and self.program in ("prefill", "compact")
         tokens = add_tokens_input(graph) if selects else None
-        attentions = _attentions(graph)
+        attentions, known = _attentions(graph), {}
         for site in self.plan.sites:
-            emit = Emitter(graph, site, add_buffer_inputs(graph, site), tokens, self.name)
+            buffers = add_buffer_inputs(graph, site, known)
+            emit = Emitter(graph, site, buffers, tokens, self.name)
             stats.hit(f"{self.program} {site.store.room}")
             if self.program == "compact":
                 with graph.module.graph.inserting_before(_output(graph)):
