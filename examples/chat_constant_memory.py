@@ -40,10 +40,10 @@ def main() -> None:
             max_new_tokens=24,
             do_sample=False,
         )
-        reply = tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
-        entries = int(cache.state.buffers[0]["length"].max())
+        reply = str(tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+        entries = int(cache.allocated(batch=1).buffers[0]["length"].max())
         dense = fast.report.before * cache.get_seq_length()
-        print(f"> {turn}\n{reply.strip()}")
+        print(f"> {turn}\n{reply}")
         print(
             f"  [{cache.get_seq_length()} tokens read, {entries} entries held, cache "
             f"{cache.nbytes() / 2**20:.1f} MiB, a dense one has {dense / 2**20:.1f} MiB]\n"

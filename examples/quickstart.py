@@ -15,9 +15,8 @@ def main() -> None:
     # 8 bit keys and 4 bit values, the newest 128 tokens exact
     fast = kvfx.compress(model, "k8v4")
 
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, tokenize=False
-    )
+    messages = [{"role": "user", "content": PROMPT}]
+    text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     # the first tokens take longer: torch.compile works when a program runs for the first time
     tokens = fast.generate(**inputs, max_new_tokens=40, do_sample=False)
