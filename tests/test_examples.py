@@ -168,7 +168,9 @@ def test_new_policy(tmp_path):
     (tmp_path / "test_knorm.py").write_text(test)
     model = "from kvfx.testing.tiny import tiny_llama\nmodel = tiny_llama(head_dim=32)\n"
     (tmp_path / "use.py").write_text(model + use)
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))}
+    # one thread: workers of a parallel test run share the cores
+    path = os.pathsep.join((str(ROOT), str(tmp_path)))
+    here = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     for arguments in (
         ("-m", "pytest", "-q", "-p", "no:cacheprovider", "test_knorm.py"),
         ("use.py",),
