@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from kvfx.cache import BATCH, CAPACITY, Buffer, in_buckets
+from kvfx.cache import Buffer, in_buckets
 from kvfx.geometry import Site
+from kvfx.policies.full import Full
 from kvfx.policy import Store
 
 
@@ -23,12 +22,8 @@ class MaskedDense(Store):
     croppable: ClassVar[bool] = True
 
     def buffers(self, site: Site) -> dict[str, Buffer]:
-        """k and v [B, K, C, D] and the live length [B, K]."""
-        return {
-            "k_cache": Buffer((BATCH, site.kv_heads, CAPACITY, site.head_dim), site.dtype),
-            "v_cache": Buffer((BATCH, site.kv_heads, CAPACITY, site.value_dim), site.dtype),
-            "length": Buffer((BATCH, site.kv_heads), torch.int32, counter=True),
-        }
+        """Those of `Full`: k and v [B, K, C, D] and the live length [B, K]."""
+        return Full().buffers(site)
 
     def capacity(self, entries: int, *, bounded: bool) -> int:
         """The next bucket."""

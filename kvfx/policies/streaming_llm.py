@@ -27,7 +27,7 @@ class StreamingLLM(Select):
     budget: float | int = 0.25
     interval: int = 64
     positions: str = "cache"
-    paper: ClassVar[str] = "arXiv 2309.17453"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2309.17453"
     select: ClassVar[str] = "select_recent"
 
     def __post_init__(self) -> None:
