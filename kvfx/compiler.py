@@ -130,7 +130,7 @@ def lower(
     device = raised.sites[0].device
     target = Target(_backend(backend, device), inductor_cpu=compile and device.type == "cpu")
     graphs = {
-        program: run_passes(raised.copy(), program_passes(program, plan, target), trail)
+        program: run_passes(raised.copy(program), program_passes(program, plan, target), trail)
         for program in PROGRAMS
         if program != "compact" or plan.compacts
     }

@@ -45,10 +45,9 @@ class Miss:
 class Graph:
     """A `torch.fx.GraphModule` with what the compiler knows about it.
 
-    `program` is empty until caches are inserted. `windows` are the sliding windows that the model's
-    config names.
-    `missed` are the sites that could not be raised, by name. `prefix` is the path of the model
-    inside the capture.
+    `program` is empty as long as the graph is the model's, for all programs. `windows` are the
+    sliding windows that the model's config names. `missed` are the sites that could not be raised,
+    by name.
     """
 
     module: fx.GraphModule
@@ -82,14 +81,15 @@ class Graph:
         """The nodes that call `target`."""
         return [node for node in self.nodes if node.op == "call_function" and node.target is target]
 
-    def copy(self) -> Graph:
-        """The same graph, to be changed freely; weights are shared."""
+    def copy(self, program: str | None = None) -> Graph:
+        """The same graph, to be changed freely, perhaps as a program; weights are shared."""
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.module.graph, {}))
         last = next(reversed(graph.nodes))
         last.meta = dict(next(reversed(self.module.graph.nodes)).meta)
         module = fx.GraphModule(self.module, graph)
-        return Graph(module, self.level, self.windows, self.sites, dict(self.missed), self.program)
+        program = self.program if program is None else program
+        return Graph(module, self.level, self.windows, self.sites, dict(self.missed), program)
 
     def clean(self) -> None:
         """Drop what nothing uses."""

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from kvfx.errors import PolicyError
+
 BACKENDS = ("reference",)
 
 
@@ -304,6 +306,10 @@ def _register() -> None:
 _register()
 
 
+# the functions behind the ops that `score_op` made
+_SCORES: dict[str, Callable[..., Tensor]] = {}
+
+
 def score_op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Make `function(q, k, v, live) -> score` the op `kvfx.<function name>`, for select policies
     that rank tokens.
@@ -311,6 +317,9 @@ def score_op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     q [B, H, S, D] are the prompt's queries (None when a cache is compacted), k [B, K, T, D], v [B,
     K, T, Dv], live [B, K, T] bool. The score [B, K, T] is fp32; the largest are kept. Scores of
     rows that are not live are ignored.
+
+    Defining a name again (a notebook cell that runs twice) replaces the function. A name that kvfx
+    uses itself raises a PolicyError.
     """
 
     def shape(q: Tensor | None, k: Tensor, v: Tensor, live: Tensor) -> Tensor:
@@ -323,9 +332,12 @@ def score_op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         f"{function.__module__}:{name}",
         shape,
     )
+    if name in OPS and name not in _SCORES:
+        raise PolicyError(f"score_op: kvfx has an op {name!r} already: give {name} another name")
+    _SCORES[name] = function
     if name not in OPS:
         OPS[name] = op
-        _define(op, function)
+        _define(op, lambda *args: _SCORES[name](*args))
     return function
 
 

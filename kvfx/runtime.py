@@ -63,14 +63,15 @@ class State:
                 "padded batches cannot be read: a site is dense under the model's own mask "
                 "(strict=False), which knows no padding: give one row, or rows of equal length"
             )
-        if as_prompt:
-            self.prompt_tokens = seen
-        for schedule, entries in self.entries.items():
+        prompt_tokens = seen if as_prompt else self.prompt_tokens
+        entries = {}
+        for schedule, held in self.entries.items():
             new = [schedule.kept(count) for count in tokens] if first else tokens
-            self.entries[schedule] = [old + count for old, count in zip(entries, new, strict=True)]
+            entries[schedule] = [old + count for old, count in zip(held, new, strict=True)]
+        # buffers first: memory that runs out leaves the counts with what is stored
+        self._fit(entries, prompt_tokens, shrink=False)
+        self.entries, self.prompt_tokens, self.positions = entries, prompt_tokens, seen
         self.columns += columns
-        self.positions = seen
-        self._fit(shrink=False)
 
     def due(self) -> bool:
         """Whether any row of any site is to be flushed or evicted now."""
@@ -85,7 +86,7 @@ class State:
         for schedule, entries in self.entries.items():
             pairs = zip(entries, self.prompt_tokens, strict=True)
             self.entries[schedule] = [schedule.compacted(*pair) for pair in pairs]
-        self._fit(shrink=True)
+        self._fit(self.entries, self.prompt_tokens, shrink=True)
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` columns; only for plans that keep every entry in
@@ -129,18 +130,17 @@ class State:
             chosen = {name: old.index_select(0, rows) for name, old in buffers.items()}
             self._replace(index, chosen)
 
-    def _fit(self, *, shrink: bool) -> None:
+    def _fit(
+        self, entries: dict[Schedule, list[int]], tokens: Sequence[int], *, shrink: bool
+    ) -> None:
         """Allocate or grow the buffers of every site; after an eviction, shrink them as well."""
         for index, plan in enumerate(self.plan.sites):
-            needed = self._needed(plan.schedule)
+            pairs = zip(entries[plan.schedule], tokens, strict=True)
+            needed = max(plan.schedule.capacity(*pair) for pair in pairs)
             if needed > self.capacities[index] or (
                 shrink and plan.select is not None and needed < self.capacities[index]
             ):
                 self._resize(index, plan, needed)
-
-    def _needed(self, schedule: Schedule) -> int:
-        pairs = zip(self.entries[schedule], self.prompt_tokens, strict=True)
-        return max(schedule.capacity(entries, tokens) for entries, tokens in pairs)
 
     def _resize(self, index: int, plan: SitePlan, capacity: int) -> None:
         old, site = self.buffers[index], plan.site

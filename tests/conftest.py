@@ -48,6 +48,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests measured with `record_property`: how many values, their sum and maximum."""
+    measured: dict[str, list[float]] = {}
+    for report in terminalreporter.getreports("passed"):
+        if getattr(report, "when", None) == "call":
+            for name, value in report.user_properties:
+                measured.setdefault(name, []).append(value)
+    for name, values in measured.items():
+        text = f"{name}: {len(values)} values, sum {sum(values):.4g}, maximum {max(values):.4g}"
+        terminalreporter.write_line(text)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Start every test from the same random state."""

@@ -23,8 +23,9 @@ class PerLayer(Policy):
     layers: Mapping[int, Policy] = field(default_factory=dict)
 
     def roles(self) -> tuple[str, ...]:
-        """The roles of the default."""
-        return self.default.roles()
+        """The roles that are played at some layer."""
+        policies = (self.default, *self.layers.values())
+        return tuple(dict.fromkeys(role for policy in policies for role in policy.roles()))
 
     def for_site(self, site: Site, sites: int) -> Policy:
         """The policy of one layer; a layer that the model does not have raises a PolicyError."""

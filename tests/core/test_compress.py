@@ -60,6 +60,12 @@ def test_explain_says_the_same_without_running():
     assert isinstance(kvfx.compress(model, policy, compile=False).plan, Plan)
 
 
+def test_every_step_of_a_program_is_in_the_trail_under_its_name():
+    fast = kvfx.compress(tiny_llama(), Full(), compile=False, verify=False)
+    assert fast.trail["decode/specialize-rows"].program == "decode"
+    assert fast.trail["match-attention"].program == ""
+
+
 def test_one_model_under_two_policies():
     model = tiny_llama(head_dim=32)
     dense = kvfx.compress(model, Full(), compile=False, verify=False)

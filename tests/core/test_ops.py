@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvfx.errors import PolicyError
 from kvfx.geometry import Causal, Site
 from kvfx.ops import BACKENDS, OPS, backend_of, name_of, overload, score_op
 from kvfx.policies import KIVI, Full, WindowRing
@@ -281,6 +282,24 @@ def test_a_user_registers_a_score():
     )
 
 
-def test_registering_a_score_again_is_harmless():
-    assert score_op(largest_key) is largest_key
-    assert "largest_key" in OPS
+def test_defining_a_score_again_replaces_it():
+    k = rows()
+    live = torch.ones(k.shape[:3], dtype=torch.bool)
+    for value in (1.0, 2.0):
+
+        @score_op
+        def constant_score(q, k, v, live, value=value):
+            return torch.full(k.shape[:3], value)
+
+        assert torch.equal(
+            overload("constant_score", "reference")(None, k, k, live),
+            torch.full(k.shape[:3], value),
+        )
+
+
+def test_a_score_cannot_take_the_name_of_an_op():
+    def rotate(q, k, v, live):
+        return k.float().sum(-1)
+
+    with pytest.raises(PolicyError, match="kvfx has an op 'rotate' already"):
+        score_op(rotate)

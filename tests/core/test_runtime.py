@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 
 import kvfx
 from kvfx import KIVI, Full, PerLayer, StreamingLLM
+from kvfx.cache import Buffer
 from kvfx.errors import CapacityExceeded, UnsupportedOperation
 from kvfx.model import CompressedCache
 from kvfx.runtime import State
@@ -143,6 +144,22 @@ def test_max_length_refuses_before_anything_is_computed(rows):
 def test_max_length_refuses_a_prompt():
     with pytest.raises(CapacityExceeded, match="17 tokens do not fit into max_length=16"):
         fast(max_length=16)(left_padded([17])["input_ids"])
+
+
+def test_memory_that_runs_out_leaves_the_cache_as_it_was(monkeypatch):
+    model, past = fast(), fast().new_cache()
+    model(**left_padded([5]), past_key_values=past, logits_to_keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Buffer, "resize", out_of_memory)
+        with pytest.raises(MemoryError):
+            model(**left_padded([300]), past_key_values=past, logits_to_keep=1)
+    assert past.state.columns == 5
+    assert_counts_agree(past.state)
+
+
+def out_of_memory(*args):
+    """Fail as an allocator does."""
+    raise MemoryError
 
 
 def test_padding_does_not_count_towards_max_length():

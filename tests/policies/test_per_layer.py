@@ -34,7 +34,7 @@ def test_a_layer_that_does_not_exist_is_refused(index):
         make_plan(PerLayer(Full(), {index: KIVI()}), SITES)
 
 
-def test_it_plays_the_roles_of_its_default():
+def test_it_plays_the_roles_of_all_its_layers():
     select = StreamingLLM(positions="absolute")
     composed = PerLayer(select, {0: StreamingLLM(budget=1.0, positions="absolute")}) | KIVI()
     assert composed.roles() == ("select", "store")
@@ -42,6 +42,8 @@ def test_it_plays_the_roles_of_its_default():
     assert [site.select.budget for site in plan.sites] == [1.0, 0.25, 0.25, 0.25]
     with pytest.raises(PolicyError, match="both play the role 'store'"):
         PerLayer(Full()) | KIVI()
+    with pytest.raises(PolicyError, match="both play the role 'store'"):
+        PerLayer(StreamingLLM(), {0: Full()}) | KIVI()
 
 
 def test_nested():
