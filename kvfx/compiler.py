@@ -86,7 +86,7 @@ def compress(
         model,
         lowered.plan,
         lowered.graphs,
-        Executor(programs, compiled=compiled),
+        Executor(programs, compiled=compiled, replays=_replays(lowered, compiled)),
         lowered.trail,
         report,
         max_length,
@@ -142,7 +142,7 @@ def _backend(backend: str, device: torch.device) -> str:
     device.
     """
     if backend == "auto":
-        return "reference"
+        return "triton" if device.type == "cuda" else "reference"
     if backend not in BACKENDS:
         raise UnsupportedShape(
             f"backend {backend!r} does not exist on {device}: choose 'auto' or "
@@ -158,6 +158,13 @@ def _worth_compiling(lowered: Lowered) -> tuple[str, ...]:
     were as fast uncompiled (SmolLM2-135M at 512, 2,048 and 4,096 tokens, within 3 %).
     """
     return ("decode",) if lowered.target.inductor_cpu else tuple(lowered.graphs)
+
+
+def _replays(lowered: Lowered, compiled: tuple[str, ...]) -> bool:
+    """Whether decode steps become CUDA graphs: one GPU, and no mask that grows with the history."""
+    devices = {site.device for site in lowered.raised.sites}
+    one_gpu = len(devices) == 1 and devices.pop().type == "cuda"
+    return one_gpu and "decode" in compiled and not lowered.plan.masked
 
 
 def _compiled(lowered: Lowered, program: str) -> fx.GraphModule:

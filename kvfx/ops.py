@@ -1,8 +1,9 @@
 """The kvfx ops: schemas, shape functions, and where each backend's implementation lives.
 
 The overload of an op is its backend: `kvfx.attend_dense.default` is abstract (shapes only),
-`.reference` runs the eager definition in `kernels/<room>/reference.py`. This module needs torch
-alone; a room is imported at its first use.
+`.reference` runs the eager definition in `kernels/<room>/reference.py`, `.triton` the kernels in
+`kernels/<room>/triton.py`, where there are any: the other ops are made of torch's own, which run on
+every device. This module needs torch alone; a room is imported at its first use.
 
 A *traced* op is transparent to the compiler: Inductor sees through it and fuses it with its
 surroundings. An *opaque* op runs as it is written.
@@ -11,7 +12,7 @@ surroundings. An *opaque* op runs as it is written.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,14 +21,15 @@ from torch._ops import OpOverload
 
 from kvfx.errors import PolicyError
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "triton")
 
 
 @dataclass(frozen=True)
 class Op:
     """One op: its schema without name, its definition as `module:function`, and its shape function.
 
-    `shape` computes the outputs from fake operands. Compilers see through a `traced` op.
+    `shape` computes the outputs from fake operands. Compilers see through a `traced` definition.
+    `triton` is the function with the same signature that launches kernels, where there is one.
     """
 
     name: str
@@ -35,6 +37,12 @@ class Op:
     definition: str
     shape: Callable[..., object]
     traced: bool = False
+    triton: str = ""
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The backends that have an overload of their own."""
+        return BACKENDS if self.triton else BACKENDS[:1]
 
 
 def _nothing(*_: object, **__: object) -> None:
@@ -85,6 +93,18 @@ def _attend(values: int) -> Callable[..., Tensor]:
     return shape
 
 
+def _attend_scored(
+    q: Tensor,
+    position_ids: Tensor,
+    score: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *_: object,
+    **__: object,
+) -> Tensor:
+    return q.new_empty(*q.shape[:-1], v_cache.shape[-1])
+
+
 def _load_dense(k_cache: Tensor, v_cache: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(k_cache),
@@ -112,6 +132,9 @@ def _load_kivi(
     )
 
 
+# what attention may do besides scaled products (`Rules` of the kernels, and operands per entry)
+RULES = "Tensor? position=None, Tensor? bias=None, Tensor? slopes=None, Tensor? sinks=None"
+RULE_ATTRIBUTES = "float softcap=0.0, int? window=None, int? chunk=None"
 DENSE = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) length"
 RING = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) position, Tensor(d!) length"
 KIVI = (
@@ -131,47 +154,55 @@ def _read(buffers: str) -> str:
 
 
 def _room(
-    room: str, buffers: str, attributes: str, load: Callable[..., object] | None
+    room: str,
+    buffers: str,
+    attributes: str,
+    load: Callable[..., object] | None,
+    rules: tuple[str, str] = ("", ""),
 ) -> tuple[Op, ...]:
-    """The five ops that every store room has."""
-    reads, where = _read(buffers), f"kvfx.kernels.{room}.reference"
+    """The five ops that every store room has; `rules` are optional operands and attributes of
+    attention.
+    """
+    reads = _read(buffers)
     extra = f", *, {attributes}" if attributes else ""
-    scaled = ", *, float scale" + (f", {attributes}" if attributes else "")
+    scaled = ", *, " + ", ".join(filter(None, ("float scale", attributes, rules[1])))
+    operands = f", {rules[0]}" if rules[0] else ""
     rows = (
         "Tensor k, Tensor v, Tensor keep"
         if room != "ring"
         else "Tensor k, Tensor v, Tensor position_ids"
     )
-    attend = _attend(7 if room == "kivi" else 1)
+
+    def op(verb: str, schema: str, shape: Callable[..., object], *, traced: bool = False) -> Op:
+        where = f"kvfx.kernels.{room}"
+        return Op(
+            f"{verb}_{room}",
+            schema,
+            f"{where}.reference:{verb}",
+            shape,
+            traced,
+            f"{where}.triton:{verb}",
+        )
+
     ops = (
-        Op(f"store_{room}", f"({rows}, {buffers}{extra}) -> ()", f"{where}:store", _nothing),
-        Op(
-            f"append_{room}",
-            f"({rows}, {buffers}{extra}) -> ()",
-            f"{where}:append",
-            _nothing,
+        op("store", f"({rows}, {buffers}{extra}) -> ()", _nothing),
+        op("append", f"({rows}, {buffers}{extra}) -> ()", _nothing, traced=True),
+        op(
+            "attend",
+            f"(Tensor q, Tensor position_ids, {reads}{operands}{scaled}) -> Tensor",
+            _attend(7 if room == "kivi" else 1),
             traced=True,
         ),
-        Op(
-            f"attend_{room}",
-            f"(Tensor q, Tensor position_ids, {reads}{scaled}) -> Tensor",
-            f"{where}:attend",
-            attend,
-            traced=True,
-        ),
-        Op(
-            f"extend_{room}",
-            f"(Tensor q, Tensor k, Tensor v, Tensor position_ids, {reads}{scaled}) -> Tensor",
-            f"{where}:extend",
+        op(
+            "extend",
+            "(Tensor q, Tensor k, Tensor v, Tensor position_ids, "
+            f"{reads}{operands}{scaled}) -> Tensor",
             _like_query,
         ),
     )
     if load is None:
         return ops
-    return (
-        *ops,
-        Op(f"load_{room}", f"({reads}{extra}) -> (Tensor, Tensor, Tensor)", f"{where}:load", load),
-    )
+    return (*ops, op("load", f"({reads}{extra}) -> (Tensor, Tensor, Tensor)", load))
 
 
 OPS: dict[str, Op] = {
@@ -247,7 +278,16 @@ OPS: dict[str, Op] = {
             _linear,
             traced=True,
         ),
-        *_room("dense", DENSE, "", _load_dense),
+        *_room("dense", DENSE, "", _load_dense, (RULES, RULE_ATTRIBUTES)),
+        Op(
+            "attend_scored_dense",
+            f"(Tensor q, Tensor position_ids, Tensor(z!) score, {_read(DENSE)}, {RULES}, *, "
+            f"float scale, {RULE_ATTRIBUTES}) -> Tensor",
+            "kvfx.kernels.dense.reference:attend_scored",
+            _attend_scored,
+            traced=True,
+            triton="kvfx.kernels.dense.triton:attend_scored",
+        ),
         Op(
             "attend_masked",
             f"(Tensor q, Tensor k, Tensor v, Tensor mask, {_read(DENSE)}, *, "
@@ -260,6 +300,7 @@ OPS: dict[str, Op] = {
             f"(Tensor k, Tensor v, Tensor keep, {DENSE}) -> ()",
             "kvfx.kernels.dense.reference:store",
             _nothing,
+            triton="kvfx.kernels.dense.triton:store",
         ),
         *_room("ring", RING, "int window", None),
         *_room("kivi", KIVI, KIVI_ATTRIBUTES, _load_kivi),
@@ -268,6 +309,7 @@ OPS: dict[str, Op] = {
             f"({KIVI}, *, {KIVI_ATTRIBUTES}) -> ()",
             "kvfx.kernels.kivi.reference:flush",
             _nothing,
+            triton="kvfx.kernels.kivi.triton:flush",
         ),
     )
 }
@@ -286,15 +328,18 @@ def _lazily(definition: str) -> Callable[..., object]:
 
 
 def _define(op: Op, implementation: Callable[..., object]) -> None:
-    """Register the abstract overload and the reference overload of `op`."""
+    """Register the abstract overload of `op` and one overload per backend."""
     _LIBRARY.define(f"{op.name}{op.schema}")
-    _LIBRARY.define(f"{op.name}.reference{op.schema}")
     torch.library.register_fake(f"kvfx::{op.name}", op.shape, lib=_LIBRARY)
-    if op.traced:
-        _LIBRARY.impl(f"{op.name}.reference", implementation, "CompositeImplicitAutograd")
-        return
-    _LIBRARY.impl(f"{op.name}.reference", implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kvfx::{op.name}.reference", op.shape, lib=_LIBRARY)
+    for backend in op.backends:
+        name = f"{op.name}.{backend}"
+        _LIBRARY.define(f"{name}{op.schema}")
+        if op.traced and backend == "reference":
+            _LIBRARY.impl(name, implementation, "CompositeImplicitAutograd")
+            continue
+        call = implementation if backend == "reference" else _lazily(op.triton)
+        _LIBRARY.impl(name, call, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"kvfx::{name}", op.shape, lib=_LIBRARY)
 
 
 def _register() -> None:
@@ -339,6 +384,23 @@ def score_op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         OPS[name] = op
         _define(op, lambda *args: _SCORES[name](*args))
     return function
+
+
+def backend_for(name: str, backend: str) -> str:
+    """The backend that runs `kvfx.<name>` where `backend` is asked for: itself, if the op has it;
+    ops without kernels of their own are torch code for every device.
+    """
+    return backend if backend in OPS[name].backends else "reference"
+
+
+def constraint(
+    name: str, backend: str, args: Sequence[object], kwargs: Mapping[str, object]
+) -> str | None:
+    """Why `kvfx.<name>` cannot run on a backend with these (fake) operands, or None."""
+    if backend == "reference":
+        return None
+    module, function = OPS[name].triton.split(":")
+    return importlib.import_module(module).constraint(function, *args, **kwargs)
 
 
 def overload(name: str, backend: str = "default") -> OpOverload:

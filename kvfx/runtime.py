@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental import _config
 
+from kvfx.cuda_graph import ReplayedStep
 from kvfx.errors import CapacityExceeded, InputError, UnsupportedOperation
 from kvfx.plan import Plan, Schedule, SitePlan
 
@@ -38,6 +40,7 @@ class State:
         device = plan.sites[0].site.device
         self.history = torch.zeros(batch, 0, dtype=torch.int64, device=device)
         self.next_position = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.replayed: ReplayedStep | None = None
 
     def tensors(self) -> list[Tensor]:
         """All buffers in the order in which programs take them."""
@@ -156,16 +159,25 @@ class State:
     def _replace(self, index: int, buffers: dict[str, Tensor]) -> None:
         self.buffers[index] = buffers
         self.moved = True
+        self.replayed = None
 
 
 class Executor:
-    """The compiled programs of a model: runs one step on a `State`."""
+    """The compiled programs of a model: runs one step on a `State`.
+
+    `replays` says that decode steps are captured and replayed as CUDA graphs.
+    """
 
     def __init__(
-        self, programs: Mapping[str, Callable[..., Any]], *, compiled: tuple[str, ...] = ()
+        self,
+        programs: Mapping[str, Callable[..., Any]],
+        *,
+        compiled: tuple[str, ...] = (),
+        replays: bool = False,
     ) -> None:
         self.programs = programs
         self.compiled = compiled
+        self.replays = replays
 
     def prompt(
         self,
@@ -191,8 +203,11 @@ class Executor:
         logits = self._run(
             state, program, input_ids, position_ids, logits_index, *seen, *extra, *state.tensors()
         )[0]
-        state.next_position = torch.maximum(
-            state.next_position, position_ids.amax(1, keepdim=True) + 1
+        # in place: a captured step reads it where it is
+        torch.maximum(
+            state.next_position,
+            position_ids.amax(1, keepdim=True) + 1,
+            out=state.next_position,
         )
         self._compact(state)
         return logits
@@ -200,14 +215,27 @@ class Executor:
     def decode(self, state: State, input_ids: Tensor) -> Tensor:
         """Read one row [B, 1] that is nowhere padding: logits [B, 1, V]."""
         state.admit(1, [1] * state.batch, as_prompt=False)
-        index = torch.zeros(1, dtype=torch.int64, device=input_ids.device)
-        seen = self._history(state, input_ids)
-        logits = self._run(
-            state, "decode", input_ids, state.next_position, index, *seen, *state.tensors()
-        )[0]
-        state.next_position = state.next_position + 1
+        logits = self._replayed(state, input_ids) if self.replays else self._step(state, input_ids)
+        state.next_position += 1
         self._compact(state)
         return logits
+
+    def _step(self, state: State, input_ids: Tensor) -> Tensor:
+        index = torch.zeros(1, dtype=torch.int64, device=input_ids.device)
+        seen = self._history(state, input_ids)
+        return self._run(
+            state, "decode", input_ids, state.next_position, index, *seen, *state.tensors()
+        )[0]
+
+    def _replayed(self, state: State, input_ids: Tensor) -> Tensor:
+        """A decode step through the CUDA graph of this state's buffers."""
+        if state.replayed is None:
+            index = torch.zeros(1, dtype=torch.int64, device=input_ids.device)
+            state.replayed = ReplayedStep(
+                partial(self._run, state, "decode"),
+                (state.next_position, index, *state.tensors()),
+            )
+        return state.replayed(input_ids)
 
     def _compact(self, state: State) -> None:
         if not state.due():

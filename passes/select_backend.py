@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import fx
+
 from kvfx.errors import UnsupportedShape
 from kvfx.graph import Graph, Level
-from kvfx.ops import BACKENDS, name_of, overload
+from kvfx.ops import BACKENDS, backend_for, constraint, name_of, overload
 from kvfx.pass_manager import Pass, Statistics
 from kvfx.provenance import origin
 
@@ -15,10 +17,10 @@ from kvfx.provenance import origin
 @dataclass(frozen=True)
 class SelectBackend(Pass):
     """Set the overload of each kvfx op to a backend; one that cannot run is an error, never a
-    fallback.
+    fallback. Ops without kernels of their own are torch code on every device: `.reference`.
 
     Before:  kvfx.attend_dense(q, ...)
-    After:   kvfx.attend_dense.reference(q, ...)
+    After:   kvfx.attend_dense.triton(q, ...)
     """
 
     backend: str
@@ -33,11 +35,27 @@ class SelectBackend(Pass):
             if node.op != "call_function" or name is None:
                 continue
             if self.backend not in BACKENDS:
-                mark = origin(node)
-                where = mark.site if mark is not None and mark.site else "the model"
                 raise UnsupportedShape(
-                    f"{where}: kvfx.{name} has no backend {self.backend!r}: choose one of "
+                    f"{_site(node)}: kvfx.{name} has no backend {self.backend!r}: choose one of "
                     f"{', '.join(BACKENDS)}, or 'auto'"
                 )
-            node.target = overload(name, self.backend)
-            stats.hit(f"{name}.{self.backend}")
+            backend = backend_for(name, self.backend)
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), _value)
+            reason = constraint(name, backend, args, kwargs)
+            if reason is not None:
+                raise UnsupportedShape(
+                    f"{_site(node)}: kvfx.{name}.{backend} cannot run: {reason}; "
+                    "backend='reference' can"
+                )
+            node.target = overload(name, backend)
+            stats.hit(f"{name}.{backend}")
+
+
+def _value(node: fx.Node) -> object:
+    """What a node computes, on fake tensors."""
+    return node.meta["val"]
+
+
+def _site(node: fx.Node) -> str:
+    mark = origin(node)
+    return mark.site if mark is not None and mark.site else "the model"

@@ -43,10 +43,21 @@ LAW: dict[str, tuple[str, ...]] = {
     "kvfx.models": ("torch", "transformers", "safetensors", "rich", "kvfx.errors"),
     # what users touch; the rooms below are at home here
     "kvfx": ("torch", "sympy", "rich", "typer", "transformers", "kvfx"),
+    "kvfx.testing.offline": ("torch", "triton", "kvfx.kernels.common"),
 }
 # heavy packages -> modules that may import them when they are loaded (others: inside functions)
 EAGER = {
-    "triton": ("kvfx.kernels.*.triton",),
+    "triton": (
+        "kvfx.kernels.*.triton*",
+        # what rooms share, beside what references share
+        "kvfx.kernels.common.accumulate",
+        "kvfx.kernels.common.combine",
+        "kvfx.kernels.common.dot",
+        "kvfx.kernels.common.launch",
+        "kvfx.kernels.common.rotation",
+        "kvfx.kernels.common.split_attention",
+        "kvfx.testing.offline",
+    ),
     "transformers": ("kvfx.model", "kvfx.testing.*"),
 }
 # within a room: triton.py is compared with reference.py, so it cannot be made of it
@@ -90,7 +101,8 @@ def allowed(module: str) -> tuple[str, ...]:
     own = module.rsplit(".", 1)[0]
     if row != "kvfx.kernels" or own == row:
         return LAW[row]
-    extra = ("triton",) if module.endswith(".triton") or own == "kvfx.kernels.common" else ()
+    kernels = module.rsplit(".", 1)[1].startswith("triton") or own == "kvfx.kernels.common"
+    extra = ("triton",) if kernels else ()
     return (*LAW[row], own, *extra)
 
 

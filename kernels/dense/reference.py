@@ -9,7 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvfx.kernels.common.attention import attend_rows, attend_step
+from kvfx.kernels.common.attention import (
+    Rules,
+    attend_rows,
+    attend_step,
+    inside,
+    step_scores,
+    step_sum,
+)
 from kvfx.kernels.common.rows import kept_first
 
 
@@ -45,31 +52,73 @@ def append(
 
 
 def attend(
-    q: Tensor, position_ids: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, scale: float
-) -> Tensor:
+    q: Tensor, position_ids: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor,
+    position: Tensor | None = None, bias: Tensor | None = None, slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *, scale: float, softcap: float = 0.0, window: int | None = None, chunk: int | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of one row q [B, H, 1, D] over the live entries: [B, H, 1, Dv]. Entries never come
     after the row.
+
+    Entries are at `position` [B, K, C] (None: at their index) and carry `bias` [B, K, C]; the
+    others are `Rules`.
     """
-    del position_ids
-    live = torch.arange(k_cache.shape[2], device=q.device) < length[..., None]
-    return attend_step(q, k_cache, v_cache, live, scale)
+    rules = Rules(slopes, sinks, softcap, window, chunk)
+    if rules.plain and not rules.positioned and bias is None:
+        live = torch.arange(k_cache.shape[2], device=q.device) < length[..., None]
+        return attend_step(q, k_cache, v_cache, live, scale)
+    return _weighed(q, position_ids, k_cache, v_cache, length, position, bias, scale, rules)[0]
+
+
+def attend_scored(
+    q: Tensor, position_ids: Tensor, score: Tensor, k_cache: Tensor, v_cache: Tensor,
+    length: Tensor, position: Tensor | None = None, bias: Tensor | None = None,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+    *, scale: float, softcap: float = 0.0, window: int | None = None, chunk: int | None = None,
+) -> Tensor:  # fmt: skip
+    """What `attend` returns; score [B, K, C] fp32 gains the weights that the entries get, summed
+    over the query heads of their KV head.
+    """
+    rules = Rules(slopes, sinks, softcap, window, chunk)
+    out, weight = _weighed(
+        q, position_ids, k_cache, v_cache, length, position, bias, scale, rules
+    )  # fmt: skip
+    score.add_(weight.sum(2))
+    return out
+
+
+def _weighed(
+    q: Tensor, position_ids: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor,
+    position: Tensor | None, bias: Tensor | None, scale: float, rules: Rules,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The attention of one row and its weights [B, K, H / K, C], under any rules."""
+    entry = torch.arange(k_cache.shape[2], device=q.device)
+    live = entry < length[..., None]
+    held = entry[None, None] if position is None else position.long()
+    asked = position_ids[:, None]
+    if rules.positioned or position is not None:
+        live = live & inside(asked, held, rules)
+    products = rules.scores(step_scores(q.float(), k_cache.float(), scale), asked - held, bias)
+    weight = rules.weights(products.masked_fill(~live[:, :, None], float("-inf")))
+    return step_sum(weight, v_cache.float(), live).to(q.dtype), weight
 
 
 def extend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position_ids: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    length: Tensor,
-    scale: float,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor, k_cache: Tensor, v_cache: Tensor,
+    length: Tensor, position: Tensor | None = None, bias: Tensor | None = None,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+    *, scale: float, softcap: float = 0.0, window: int | None = None, chunk: int | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of S rows over the live entries and over themselves, before they are stored: [B, H,
-    S, Dv].
+    S, Dv]. The optional operands are those of `attend`.
     """
-    live = torch.arange(k_cache.shape[2], device=q.device) < length[..., None]
-    return attend_rows(q, k, v, position_ids, k_cache, v_cache, live, scale)
+    rules = Rules(slopes, sinks, softcap, window, chunk)
+    entry = torch.arange(k_cache.shape[2], device=q.device)
+    live = entry < length[..., None]
+    held = position
+    if rules.positioned and position is None:
+        held = entry.expand(q.shape[0], 1, -1)
+    return attend_rows(q, k, v, position_ids, k_cache, v_cache, live, scale, rules, held, bias)
 
 
 def load(k_cache: Tensor, v_cache: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:

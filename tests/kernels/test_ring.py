@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
 
 from kvfx.cache import Buffer
-from kvfx.kernels.ring import reference
 
 SCALE = 0.4
+
+
+@pytest.fixture(params=["reference", "triton"])
+def room(request) -> Iterator[ModuleType]:
+    """Each implementation; tensors are made where it runs."""
+    on_gpu = request.param == "triton" and torch.cuda.is_available()
+    with torch.device("cuda" if on_gpu else "cpu"):
+        yield importlib.import_module(f"kvfx.kernels.ring.{request.param}")
 
 
 def empty(batch: int, kv_heads: int, capacity: int, width: int = 8) -> list[Tensor]:
@@ -36,7 +47,14 @@ def truth(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int) -> Te
 
 
 def played(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int, capacity: int, sizes: list[int]
+    room: ModuleType,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    window: int,
+    capacity: int,
+    sizes: list[int],
 ) -> Tensor:
     """The rows in pieces: one row is appended and attends, several attend and are stored."""
     buffers, out, start = empty(k.shape[0], k.shape[1], capacity), [], 0
@@ -44,14 +62,12 @@ def played(
         here = slice(start, start + size)
         rows, at = (k[:, :, here], v[:, :, here]), positions[:, here]
         if size == 1:
-            reference.append(*rows, at, *buffers, window=window)
-            out.append(reference.attend(q[:, :, here], at, *buffers, scale=SCALE, window=window))
+            room.append(*rows, at, *buffers, window=window)
+            out.append(room.attend(q[:, :, here], at, *buffers, scale=SCALE, window=window))
         else:
             safe = [buffers[0].nan_to_num(1e3), *buffers[1:]]
-            out.append(
-                reference.extend(q[:, :, here], *rows, at, *safe, scale=SCALE, window=window)
-            )
-            reference.store(*rows, at, *buffers, window=window)
+            out.append(room.extend(q[:, :, here], *rows, at, *safe, scale=SCALE, window=window))
+            room.store(*rows, at, *buffers, window=window)
         start += size
     return torch.cat(out, 2)
 
@@ -70,7 +86,7 @@ def played(
     ],
     ids=str,
 )
-def test_any_history_is_windowed_attention(window, sizes, repeat):
+def test_any_history_is_windowed_attention(room, window, sizes, repeat):
     rows = sum(sizes)
     q = torch.randn(2, 2 * repeat, rows, 8)
     k, v = torch.randn(2, 2, rows, 8), torch.randn(2, 2, rows, 8)
@@ -79,18 +95,18 @@ def test_any_history_is_windowed_attention(window, sizes, repeat):
         # the second row of the batch is padded
         positions[1] -= 2
         positions[1, :2] = -1
-    out = played(q, k, v, positions, window, min(window, rows), sizes)
+    out = played(room, q, k, v, positions, window, min(window, rows), sizes)
     expected = truth(q, k, v, positions, window)
     real = (positions >= 0)[:, None, :, None]
     torch.testing.assert_close(out.double() * real, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_ring_below_the_window_grows_before_it_wraps():
+def test_a_ring_below_the_window_grows_before_it_wraps(room):
     """Entries keep their slots while nothing wrapped, so a larger copy continues the history."""
     window, k, v = 12, torch.randn(1, 2, 30, 8), torch.randn(1, 2, 30, 8)
     q, positions = torch.randn(1, 2, 30, 8), torch.arange(30)[None]
     buffers = empty(1, 2, 5)
-    reference.store(k[:, :, :5], v[:, :, :5], positions[:, :5], *buffers, window=window)
+    room.store(k[:, :, :5], v[:, :, :5], positions[:, :5], *buffers, window=window)
     fills = (float("nan"), 1e4, -1)
     shapes = ((1, 2, 12, 8), (1, 2, 12, 8), (1, 12))
     grown = [
@@ -101,22 +117,20 @@ def test_a_ring_below_the_window_grows_before_it_wraps():
     out = []
     for at in range(5, 30):
         here = slice(at, at + 1)
-        reference.append(k[:, :, here], v[:, :, here], positions[:, here], *buffers, window=window)
+        room.append(k[:, :, here], v[:, :, here], positions[:, here], *buffers, window=window)
         out.append(
-            reference.attend(
-                q[:, :, here], positions[:, here], *buffers, scale=SCALE, window=window
-            )
+            room.attend(q[:, :, here], positions[:, here], *buffers, scale=SCALE, window=window)
         )
     expected = truth(q, k, v, positions, window)[:, :, 5:]
     torch.testing.assert_close(torch.cat(out, 2).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [[31], [10, 21], [1] * 31, [4, 4, 23]], ids=str)
-def test_the_t_th_row_lives_in_slot_t_modulo_capacity(sizes):
+def test_the_t_th_row_lives_in_slot_t_modulo_capacity(room, sizes):
     k = torch.arange(31.0).expand(1, 2, 31)[..., None].expand(-1, -1, -1, 8)
     positions, buffers = torch.arange(31)[None], empty(1, 2, 8)
     for rows, at in zip(k.split(sizes, 2), positions.split(sizes, 1), strict=True):
-        write = reference.append if rows.shape[2] == 1 else reference.store
+        write = room.append if rows.shape[2] == 1 else room.store
         write(rows, rows, at, *buffers, window=8)
     slots = [24, 25, 26, 27, 28, 29, 30, 23]
     assert buffers[2].tolist() == [slots]
@@ -124,21 +138,21 @@ def test_the_t_th_row_lives_in_slot_t_modulo_capacity(sizes):
     assert buffers[3].tolist() == [[31]]
 
 
-def test_padding_is_never_stored_nor_counted():
+def test_padding_is_never_stored_nor_counted(room):
     positions = torch.tensor([[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]])
     x, buffers = torch.randn(2, 1, 5, 8), empty(2, 1, 4)
-    reference.store(x, x, positions, *buffers, window=4)
+    room.store(x, x, positions, *buffers, window=4)
     assert buffers[2].tolist() == [[0, 1, 2, -1], [4, 1, 2, 3]]
     assert buffers[3].tolist() == [[3], [5]]
-    reference.append(x[:, :, :1], x[:, :, :1], torch.tensor([[-1], [5]]), *buffers, window=4)
+    room.append(x[:, :, :1], x[:, :, :1], torch.tensor([[-1], [5]]), *buffers, window=4)
     assert buffers[3].tolist() == [[3], [6]]
 
 
-def test_rows_of_the_batch_are_independent():
+def test_rows_of_the_batch_are_independent(room):
     x, order = torch.randn(3, 2, 11, 8), torch.tensor([1, 2, 0])
     positions = torch.stack([torch.arange(11) - shift for shift in (0, 2, 5)]).clamp(min=-1)
     sizes = [6, 1, 4]
-    out = played(x, x, x, positions, 5, 5, sizes)
-    permuted = played(x[order], x[order], x[order], positions[order], 5, 5, sizes)
+    out = played(room, x, x, x, positions, 5, 5, sizes)
+    permuted = played(room, x[order], x[order], x[order], positions[order], 5, 5, sizes)
     real = (positions >= 0)[:, None, :, None]
     torch.testing.assert_close((out * real)[order], permuted * real[order])

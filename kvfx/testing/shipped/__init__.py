@@ -1,0 +1,1 @@
+"""What is compiled offline: per kernel room, names and launches on meta tensors."""
