@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 REPLY = "kvfx-reply"
 # tokens at which `run` and `chat` say what the cache would weigh
 LONG = 4096
+# what `bench decode` measures unless it is told otherwise
+MODEL = "smollm2"
+LENGTHS = "512,4096"
+LONG_LENGTHS = "4096,32768,131072"
+# columns that a table in a file may take
+WIDE = 250
 
 
 class Commands(TyperGroup):
@@ -49,6 +56,13 @@ class Printing(str, Enum):
     after_change = "after-change"
     diff = "diff"
     statistics = "statistics"
+
+
+class Filling(str, Enum):
+    """How `kvfx bench decode --random-weights` makes its contexts."""
+
+    prefill = "prefill"
+    random = "random"
 
 
 app = typer.Typer(
@@ -232,9 +246,20 @@ def opt(
 @bench.command()
 def decode(
     model: Annotated[
-        str, typer.Option(help="A model folder, a .gguf file, or smollm2.")
-    ] = "smollm2",
-    lengths: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "512,4096",
+        str | None,
+        typer.Option(help="A model folder, a .gguf file, or smollm2.", show_default="smollm2"),
+    ] = None,
+    random_weights: Annotated[
+        str | None,
+        typer.Option(help="A published shape instead, as llama-3.1-8b.", show_default=False),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Context lengths in tokens.",
+            show_default="512,4096; with --random-weights 4096,32768,131072",
+        ),
+    ] = None,
     policies: Annotated[
         str, typer.Option(help="Policies, separated by commas outside of brackets.")
     ] = "full,kivi-4bit,streaming-25%",
@@ -244,34 +269,113 @@ def decode(
     cold: Annotated[
         bool, typer.Option("--cold/--warm", help="Compile into an empty Inductor cache.")
     ] = True,
+    fill: Annotated[
+        Filling | None,
+        typer.Option(
+            help="How contexts come about, with --random-weights.", show_default="prefill"
+        ),
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Largest batch to try, with --random-weights.",
+            show_default="256 on a GPU, 1 on a CPU",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time decoding: HF's default, HF's static cache, and kvfx under each policy, in turns."""
     from kvfx.bench.decode import bench_decode
+    from kvfx.bench.throughput import bench_random, default_max_batch
     from kvfx.policies import policy_named
 
+    if model is not None and random_weights is not None:
+        raise InputError("--model and --random-weights exclude each other: give one of them")
+    if random_weights is None and (fill is not None or max_batch is not None):
+        raise InputError("--fill and --max-batch go with --random-weights: add it, or drop them")
     names = _split(policies)
     for name in names:
         policy_named(name)
-    sizes = _sizes(lengths)
-    source, tokenizer = _load(model)
-    with _status("preparing") as status:
-        result = bench_decode(
-            model,
-            source,
-            tokenizer,
-            lengths=sizes,
-            policies=names,
-            new_tokens=new_tokens,
-            rounds=rounds,
-            compile=compile,
-            cold=cold,
-            tell=status.update,
-        )
+    sizes = _sizes(lengths or (LENGTHS if random_weights is None else LONG_LENGTHS))
+    if random_weights is not None:
+        with _status("preparing") as status:
+            result = bench_random(
+                random_weights,
+                lengths=sizes,
+                policies=names,
+                fill=(fill or Filling.prefill).value,
+                max_batch=max_batch or default_max_batch(),
+                new_tokens=new_tokens,
+                rounds=rounds,
+                compile=compile,
+                cold=cold,
+                tell=status.update,
+            )
+    else:
+        source, tokenizer = _load(model or MODEL)
+        with _status("preparing") as status:
+            result = bench_decode(
+                model or MODEL,
+                source,
+                tokenizer,
+                lengths=sizes,
+                policies=names,
+                new_tokens=new_tokens,
+                rounds=rounds,
+                compile=compile,
+                cold=cold,
+                tell=status.update,
+            )
     if as_json:
         _print_json(result.to_dict())
     else:
         typer.echo(result)
+
+
+@bench.command()
+def kernels(
+    ops: Annotated[
+        str | None, typer.Option(help="Ops, separated by commas.", show_default="all")
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            help="Shapes, separated by commas, as B8-H32-K8-D128-T32768 or with -ragged behind.",
+            show_default="some of Llama-3.1-8B",
+        ),
+    ] = None,
+    to_json: Annotated[
+        Path | None,
+        typer.Option("--json", help="Also write a JSON document here.", show_default=False),
+    ] = None,
+    check_only: Annotated[
+        bool, typer.Option("--check-only", help="Do not time: needs no GPU.")
+    ] = False,
+) -> None:
+    """Check every kernel against its definition, then time it on a GPU; exit 1 if one is wrong."""
+    from kvfx.bench.cases import parse_shapes
+    from kvfx.bench.kernels import bench_kernels
+
+    sizes = None if shapes is None else parse_shapes(shapes)
+    with _status("preparing") as status:
+        result = bench_kernels(
+            ops=None if ops is None else _split(ops),
+            shapes=sizes,
+            check_only=check_only,
+            tell=status.update,
+        )
+    if to_json is not None:
+        to_json.write_text(json.dumps(result.to_dict(), indent=2))
+    console = _screen()
+    if not console.is_terminal:
+        # a file takes lines of any length
+        console = Console(width=WIDE, highlight=False)
+    console.print(result.headline(), markup=False, soft_wrap=True)
+    console.print(result.render())
+    console.print("\n".join(result.remarks()), markup=False, soft_wrap=True)
+    if result.failed:
+        raise typer.Exit(1)
 
 
 def _load(model: str) -> tuple[Any, Any]:
@@ -302,20 +406,14 @@ def _stream(
     """Write tokens to stdout as they come: the whole sequence [1, S], and when tokens came."""
     from transformers import TextStreamer
 
-    from kvfx.bench.clock import Clock
+    from kvfx.bench.clock import GREEDY, generate_clocked
 
     text = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else GREEDY
+    options = {**sampling, "past_key_values": cache}
     with _status("reading the prompt (the first run compiles)") as status:
-        clock = Clock(_then(status, text.put))
-        ids = fast.generate(
-            ids.to(fast.device),
-            attention_mask=ids.new_ones(ids.shape).to(fast.device),
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            streamer=clock,
-            **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
-        )
+        ids = ids.to(fast.device)
+        ids, clock = generate_clocked(fast, ids, max_new_tokens, options, _then(status, text.put))
         text.end()
     return ids, clock
 
@@ -375,14 +473,13 @@ def _speed(clock: Any) -> str:
 
 def _weight(fast: CompressedModel, cache: CompressedCache) -> str:
     """Measured bytes of the cache, beside those of a dense one; and of both at a long context."""
+    from kvfx.bench.machine import bytes_text
+
     tokens, dense = cache.get_seq_length(), fast.report.before
-    now = f"{_bytes(cache.nbytes())} allocated for {tokens:,} tokens"
-    long = f"at {LONG:,} tokens {_bytes(fast.memory(1, LONG))}"
-    return f"cache {now} (dense {_bytes(dense * tokens)}); {long} (dense {_bytes(dense * LONG)})"
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+    now = f"{bytes_text(cache.nbytes())} allocated for {tokens:,} tokens"
+    now = f"{now} (dense {bytes_text(dense * tokens)})"
+    long = f"at {LONG:,} tokens {bytes_text(fast.memory(1, LONG))}"
+    return f"cache {now}; {long} (dense {bytes_text(dense * LONG)})"
 
 
 def _split(text: str) -> list[str]:

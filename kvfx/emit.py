@@ -23,13 +23,13 @@ HINT = 512
 class Emitter:
     """Adds stamped nodes for one site at the insertion point of its graph.
 
-    `buffers` are the site's inputs in the order of `Store.buffers`; `tokens` is the input with the
-    prompt lengths that budgets refer to, where the program has one.
+    `inputs` are the site's buffers by name, those of its store first; `tokens` is the input with
+    the prompt lengths that budgets refer to, where the program has one.
     """
 
     graph: Graph
     plan: SitePlan
-    buffers: tuple[fx.Node, ...]
+    inputs: dict[str, fx.Node]
     tokens: fx.Node | None
     by: str
 
@@ -44,9 +44,14 @@ class Emitter:
         return self.graph.input("position_ids")
 
     @property
+    def buffers(self) -> tuple[fx.Node, ...]:
+        """The buffers of the store, in the order in which its ops take them."""
+        return tuple(self.inputs[name] for name in self.plan.store.buffers(self.plan.site))
+
+    @property
     def length(self) -> fx.Node:
         """The buffer that counts live entries."""
-        return self.buffers[list(self.plan.store.buffers(self.plan.site)).index("length")]
+        return self.inputs["length"]
 
     def call(self, target: Callable[..., object], *args: Argument) -> fx.Node:
         """One node that is not a kvfx op."""
@@ -103,18 +108,18 @@ def add_history_inputs(graph: Graph) -> tuple[fx.Node, fx.Node]:
 
 def add_buffer_inputs(
     graph: Graph, plan: SitePlan, known: dict[tuple[Buffer, ...], tuple[torch.Tensor, ...]]
-) -> tuple[fx.Node, ...]:
-    """One input per buffer of the site, with symbolic batch and capacity.
+) -> dict[str, fx.Node]:
+    """One input per buffer of the site, by name, with symbolic batch and capacity.
 
     Sites with equal buffers have values of equal shape: `known` remembers them within a program.
     """
-    buffers = plan.store.buffers(plan.site)
+    buffers = plan.buffers
     layout = tuple(buffers.values())
     if layout not in known:
         known[layout] = _buffer_values(graph, plan, buffers)
     prefix = f"site_{plan.site.index}"
     values = zip(buffers, known[layout], strict=True)
-    return tuple(_add_input(graph, f"{prefix}_{name}", value) for name, value in values)
+    return {name: _add_input(graph, f"{prefix}_{name}", value) for name, value in values}
 
 
 def _buffer_values(

@@ -12,7 +12,7 @@ from kvfx.plan import Plan, SitePlan
 
 def site_formula(plan: SitePlan) -> sympy.Expr:
     """Bytes of one site's buffers in `batch` and `capacity`."""
-    return sympy.Add(*(buffer.bytes() for buffer in plan.store.buffers(plan.site).values()))
+    return sympy.Add(*(buffer.bytes() for buffer in plan.buffers.values()))
 
 
 def memory_bytes(plan: Plan, batch: int, length: int) -> int:

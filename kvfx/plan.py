@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvfx.cache import Buffer
 from kvfx.errors import PolicyError, UnsupportedShape
 from kvfx.geometry import Site, Unproven
 from kvfx.policies.full import Full
@@ -61,6 +62,18 @@ class SitePlan:
     store: Store
     select: Select | None
     note: str = ""
+
+    @property
+    def entry_buffers(self) -> dict[str, Buffer]:
+        """Numbers kept beside each entry, by what they are."""
+        if self.select is None:
+            return {}
+        return self.select.entry_buffers(self.site, self.store.entries())
+
+    @property
+    def buffers(self) -> dict[str, Buffer]:
+        """All buffers of this site, those of its store first."""
+        return {**self.store.buffers(self.site), **self.entry_buffers}
 
     @property
     def schedule(self) -> Schedule:

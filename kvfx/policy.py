@@ -9,7 +9,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvfx.cache import Buffer
+import torch
+
+from kvfx.cache import BATCH, CAPACITY, Buffer, Extent
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
 
@@ -69,6 +71,10 @@ class Store(Policy):
     def buffers(self, site: Site) -> dict[str, Buffer]:
         """The buffers of `site`, in the order in which the ops of the room take them."""
 
+    def entries(self) -> Extent:
+        """The most entries that buffers for `CAPACITY` hold: the length of what `load` returns."""
+        return CAPACITY
+
     @abstractmethod
     def capacity(self, entries: int, *, bounded: bool) -> int:
         """Entries to allocate so that `entries` fit; `bounded` says that a select policy caps their
@@ -96,12 +102,18 @@ class Select(Policy):
     two evictions.
 
     `select` names the op that chooses, `score` the op that ranks (None where position alone
-    decides).
+    decides). With a `decay`, scores are attention: decoded rows add theirs to `decay` times what
+    was there before; without, they are computed anew from the entries. `pool` neighbours (mean or
+    max, by `pooling`) are ranked together. With `shared`, all KV heads keep the same tokens.
     """
 
     role: ClassVar[str] = "select"
     select: ClassVar[str]
     score: ClassVar[str | None] = None
+    shared: ClassVar[bool] = False
+    decay: ClassVar[float | None] = None
+    pool: int = 1
+    pooling: str = "mean"
     budget: float | int
     interval: int
     positions: str
@@ -109,6 +121,19 @@ class Select(Policy):
     @abstractmethod
     def attributes(self) -> dict[str, int | float | str]:
         """Keyword arguments of the `select` op."""
+
+    def score_attributes(self, site: Site) -> dict[str, int | float | str]:
+        """Keyword arguments of the `score` op at `site`."""
+        del site
+        return {}
+
+    def entry_buffers(self, site: Site, entries: Extent) -> dict[str, Buffer]:
+        """Numbers kept beside each entry: `score`, where attention ranks and goes on being added
+        up.
+        """
+        if self.decay is None:
+            return {}
+        return {"score": Buffer((BATCH, site.kv_heads, entries), torch.float32)}
 
     def least(self) -> int:
         """The smallest number of entries with which the method makes sense."""

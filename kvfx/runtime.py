@@ -151,7 +151,7 @@ class State:
             name: buffer.resize(old[name], self.batch, capacity)
             if old
             else buffer.allocate(self.batch, capacity, site.device)
-            for name, buffer in plan.store.buffers(site).items()
+            for name, buffer in plan.buffers.items()
         }
         self._replace(index, new)
         self.capacities[index] = capacity
@@ -271,7 +271,7 @@ def _mark_fixed_axes(state: State) -> None:
     from torch._dynamo import mark_static
 
     for site, buffers in zip(state.plan.sites, state.buffers, strict=True):
-        layouts = site.store.buffers(site.site)
+        layouts = site.buffers
         for name, tensor in buffers.items():
             mark_static(tensor, list(layouts[name].fixed_axes))
     state.moved = False

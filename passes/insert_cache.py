@@ -14,6 +14,7 @@ from kvfx.graph import Graph, Level, call, operand, replace
 from kvfx.pass_manager import Pass, Statistics
 from kvfx.plan import Plan
 from kvfx.provenance import Stamp, origin
+from kvfx.stages import count_entries, rotate_to_entries, score_rows, select_rows
 
 aten = torch.ops.aten
 
@@ -47,8 +48,8 @@ class InsertCache(Pass):
         tokens = add_tokens_input(graph) if selects else None
         attentions, known = _attentions(graph), {}
         for site in self.plan.sites:
-            buffers = add_buffer_inputs(graph, site, known)
-            emit = Emitter(graph, site, buffers, tokens, self.name)
+            inputs = add_buffer_inputs(graph, site, known)
+            emit = Emitter(graph, site, inputs, tokens, self.name)
             stats.hit(f"{self.program} {site.store.room}")
             if self.program == "compact":
                 with graph.module.graph.inserting_before(_output(graph)):
@@ -69,25 +70,42 @@ class InsertCache(Pass):
 def _prefill(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
     site, positions = emit.plan.site, emit.position_ids
     out = emit.op("attend_prompt", q, k, v, positions, scale=site.scale, window=site.window)
-    keep = _select(emit, q, k, v, emit.live())
-    k = _at_entries(emit, (k,), keep, positions, None)[0]
+    live = emit.live()
+    score = score_rows(emit, q, k, v, live)
+    keep = select_rows(emit, score, live, None if emit.plan.select is None else count_entries(emit))
+    if "score" in emit.inputs:
+        emit.op("store_entries", score, keep, emit.length, emit.inputs["score"])
+    k = rotate_to_entries(emit, (k,), keep, positions, None)[0]
     emit.room("store", k, v, emit.rows(keep))
     return out
 
 
 def _extend(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
     live = emit.live()
-    q, k = _at_entries(emit, (q, k), live, emit.position_ids, emit.length)
+    q, k = rotate_to_entries(emit, (q, k), live, emit.position_ids, emit.length)
     out = emit.room("extend", q, k, v, emit.position_ids, scale=emit.plan.site.scale)
+    if "score" in emit.inputs:
+        loaded = emit.room("load")
+        past = [emit.call(_item, loaded, index) for index in range(3)]
+        every = [
+            emit.call(aten.cat.default, [old, new], 2)
+            for old, new in zip(past, (k, v, live), strict=True)
+        ]
+        score = score_rows(emit, q, *every)
+        emit.op("extend_entries", score, live, emit.length, emit.inputs["score"])
     emit.room("store", k, v, emit.rows(live))
     return out
 
 
 def _decode(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
     live = emit.live()
-    q, k = _at_entries(emit, (q, k), live, emit.position_ids, emit.length)
+    q, k = rotate_to_entries(emit, (q, k), live, emit.position_ids, emit.length)
     emit.room("append", k, v, emit.rows(live))
-    return emit.room("attend", q, emit.position_ids, scale=emit.plan.site.scale)
+    scale, select = emit.plan.site.scale, emit.plan.select
+    if select is None or select.decay is None:
+        return emit.room("attend", q, emit.position_ids, scale=scale)
+    score = emit.inputs["score"]
+    return emit.room("attend_scored", q, emit.position_ids, score, scale=scale, decay=select.decay)
 
 
 def _masked(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node) -> fx.Node:
@@ -104,8 +122,13 @@ def _compact(emit: Emitter) -> None:
         return
     loaded = emit.room("load")
     k, v, live = (emit.call(_item, loaded, index) for index in range(3))
-    keep = _select(emit, None, k, v, live)
-    k = _at_entries(emit, (k,), keep, None, None)[0]
+    score = emit.inputs.get("score") or score_rows(emit, None, k, v, live)
+    # a row that has not reached its limit waits, whatever its neighbours do
+    count = emit.op("hold_back", live, count_entries(emit), interval=emit.plan.select.interval)
+    keep = select_rows(emit, score, live, count)
+    if "score" in emit.inputs:
+        emit.op("compact_entries", keep, emit.inputs["score"])
+    k = rotate_to_entries(emit, (k,), keep, None, None)[0]
     layouts = emit.plan.store.buffers(emit.plan.site).values()
     for buffer, layout in zip(emit.buffers, layouts, strict=True):
         if layout.counter:
@@ -118,45 +141,6 @@ PROGRAMS: dict[str, Callable[[Emitter, fx.Node, fx.Node, fx.Node], fx.Node]] = {
     "extend": _extend,
     "decode": _decode,
 }
-
-
-def _select(emit: Emitter, q: fx.Node | None, k: fx.Node, v: fx.Node, live: fx.Node) -> fx.Node:
-    """The rows that keep an entry: all live ones, or those that the select policy chooses."""
-    select = emit.plan.select
-    if select is None:
-        return live
-    counted = isinstance(select.budget, int)
-    count = emit.op(
-        "allocate_uniform",
-        emit.tokens,
-        kv_heads=emit.plan.site.kv_heads,
-        fraction=1.0 if counted else select.budget,
-        entries=select.budget if counted else 0,
-        least=select.least(),
-    )
-    if q is None:
-        # a row that has not reached its limit waits, whatever its neighbours do
-        count = emit.op("hold_back", live, count, interval=select.interval)
-    score = () if select.score is None else (emit.op(select.score, q, k, v, live),)
-    return emit.op(select.select, *score, live, count, **select.attributes())
-
-
-def _at_entries(
-    emit: Emitter,
-    rows: tuple[fx.Node, ...],
-    keep: fx.Node,
-    position_ids: fx.Node | None,
-    length: fx.Node | None,
-) -> tuple[fx.Node, ...]:
-    """Queries and keys rotated from their position to their entry's index, if the policy says
-    so.
-    """
-    select, rope = emit.plan.select, emit.plan.site.rope
-    if select is None or rope is None or select.positions == "absolute":
-        return rows
-    shift = emit.op("entry_shift", keep, position_ids, length)
-    turn = emit.frequencies()
-    return tuple(emit.op("rotate", x, shift, turn, style=rope.style) for x in rows)
 
 
 def _item(values: tuple[object, ...], index: int) -> object:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
+from torch.fx.node import map_arg
 
 from kvfx.errors import UnsupportedShape
 from kvfx.graph import Graph, Level
@@ -40,7 +41,7 @@ class SelectBackend(Pass):
                     f"{', '.join(BACKENDS)}, or 'auto'"
                 )
             backend = backend_for(name, self.backend)
-            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), _value)
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), _value)
             reason = constraint(name, backend, args, kwargs)
             if reason is not None:
                 raise UnsupportedShape(
@@ -51,7 +52,7 @@ class SelectBackend(Pass):
             stats.hit(f"{name}.{backend}")
 
 
-def _value(node: fx.Node) -> object:
+def _value(node: fx.Node) -> Any:
     """What a node computes, on fake tensors."""
     return node.meta["val"]
 

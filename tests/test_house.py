@@ -35,7 +35,15 @@ LAW: dict[str, tuple[str, ...]] = {
     "kvfx.policies": (*LEVEL_3, "kvfx.policies"),
     # a pass is given the plan: data that was computed before
     "kvfx.emit": (*LEVEL_3, "kvfx.plan"),
-    "kvfx.passes": (*LEVEL_3, "kvfx.passes", "kvfx.plan", "kvfx.emit", "kvfx.rotation"),
+    "kvfx.stages": (*LEVEL_3, "kvfx.emit"),
+    "kvfx.passes": (
+        *LEVEL_3,
+        "kvfx.passes",
+        "kvfx.plan",
+        "kvfx.emit",
+        "kvfx.stages",
+        "kvfx.rotation",
+    ),
     "kvfx.passes.pipeline": LEVEL_5,
     "kvfx.capture": (*LEVEL_5, "transformers"),
     "kvfx.plan": LEVEL_5,
@@ -49,6 +57,7 @@ LAW: dict[str, tuple[str, ...]] = {
 EAGER = {
     "triton": (
         "kvfx.kernels.*.triton*",
+        "kvfx.kernels.*.configs",
         # what rooms share, beside what references share
         "kvfx.kernels.common.accumulate",
         "kvfx.kernels.common.combine",
@@ -101,7 +110,9 @@ def allowed(module: str) -> tuple[str, ...]:
     own = module.rsplit(".", 1)[0]
     if row != "kvfx.kernels" or own == row:
         return LAW[row]
-    kernels = module.rsplit(".", 1)[1].startswith("triton") or own == "kvfx.kernels.common"
+    kernels = (
+        module.rsplit(".", 1)[1].startswith(("triton", "configs")) or own == "kvfx.kernels.common"
+    )
     extra = ("triton",) if kernels else ()
     return (*LAW[row], own, *extra)
 

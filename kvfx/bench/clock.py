@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# the sampling knobs of a model's own generation config would only raise warnings
+GREEDY: dict[str, object] = {
+    "do_sample": False,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
 
 
 class Clock:
@@ -38,3 +47,23 @@ class Clock:
         return [
             after - before for before, after in zip(self.times[1:-1], self.times[2:], strict=True)
         ]
+
+
+def generate_clocked(
+    model: Any,
+    ids: Tensor,
+    tokens: int,
+    options: Mapping[str, object],
+    then: Callable[[Tensor], None] | None,
+) -> tuple[Any, Clock]:
+    """What `model.generate` gives for `ids` [B, S], none of them padding, and when tokens came."""
+    clock = Clock(then)
+    with torch.no_grad():
+        result = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            streamer=clock,
+            **options,
+        )
+    return result, clock

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from kvfx.bench.contenders import (
     hf_static,
     kvfx_under,
 )
+from kvfx.bench.machine import device_name, versions, versions_text
 from kvfx.report import aligned
 
 if TYPE_CHECKING:
@@ -46,8 +46,12 @@ FOOTNOTE = (
     "vs HF: time per token as a multiple of HF default's, below 1 is faster\n"
     "* the very first prefill and decode step, in which torch.compile works"
 )
-KVFX_EXACT = "kvfx full"
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+NO_ROOM = "does not fit into memory"
+NOT_FINITE = "wrong: logits are not finite"
+
+# why a contender must not be timed, from what it gave and what HF's default gave
+Judge = Callable[[Contender, Generated, Generated], str]
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class DecodeBench:
 
     def headline(self) -> str:
         """Where and how this was measured, in two lines."""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        versions = versions_text(self.versions)
         cache = "an empty" if self.cold_compile else "the user's (maybe warm)"
         return (
             f"{self.model} in {self.dtype} on {self.device}, {self.threads} threads; {versions}\n"
@@ -135,20 +139,20 @@ def bench_decode(
     if compile:
         makers.append(lambda: hf_static(model))
     rows: list[Row] = []
-    with _inductor_cache(cold):
+    with inductor_cache(cold):
         contenders: list[Contender] = []
         for number, make in enumerate(makers, 1):
             tell(f"preparing contender {number} of {len(makers)}")
             contenders.append(make())
         for length in lengths:
             ids = text_ids(tokenizer, length).to(model.device)
-            rows += _bench_length(contenders, ids, new_tokens, rounds, tell)
+            rows += bench_length(contenders, ids, new_tokens, rounds, why_wrong, tell)
     return DecodeBench(
         model=name,
-        device=_device(model.device),
+        device=device_name(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        versions=_versions(),
+        versions=versions("torch", "transformers"),
         cold_compile=cold,
         rounds=rounds,
         new_tokens=new_tokens,
@@ -166,13 +170,17 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
     return torch.tensor([(ids * repeats)[:length]])
 
 
-def _bench_length(
+def bench_length(
     contenders: Sequence[Contender],
     ids: Tensor,
     new_tokens: int,
     rounds: int,
+    judge: Judge,
     tell: Callable[[str], None],
 ) -> list[Row]:
+    """Check every contender after the prompt `ids` [1, S], then time those that are right in
+    turns.
+    """
     length = ids.shape[1]
     expected: Generated | None = None
     for contender in contenders:
@@ -180,7 +188,7 @@ def _bench_length(
         found = _try(contender, ids)
         expected = found if expected is None else expected
         if found is not None and expected is not None:
-            reason = _wrong(contender.name, found, expected)
+            reason = judge(contender, found, expected)
             contender.refused.update({length: reason} if reason else {})
     racing = [contender for contender in contenders if length not in contender.refused]
     runs: dict[str, list[Generated]] = {contender.name: [] for contender in racing}
@@ -190,7 +198,7 @@ def _bench_length(
         for contender in racing[turn:] + racing[:turn]:
             tell(f"{length} tokens: round {number + 1} of {rounds}, {contender.name}")
             runs[contender.name].append(contender.generate(ids, new_tokens + 1))
-    dense = _median_ms(runs[HF_DEFAULT])
+    dense = _median_ms(runs[HF_DEFAULT]) if runs.get(HF_DEFAULT) else None
     return [
         _row(contender, length, runs.get(contender.name, []), dense) for contender in contenders
     ]
@@ -199,7 +207,7 @@ def _bench_length(
 def _try(contender: Contender, ids: Tensor) -> Generated | None:
     """The first tokens of a contender; None where it cannot run, with the reason noted.
 
-    HF's default has to run: what it raises is the user's to see.
+    HF's default has to run, but for memory that is too small: what it raises is the user's to see.
     """
     length = ids.shape[1]
     if contender.refusal:
@@ -209,7 +217,13 @@ def _try(contender: Contender, ids: Tensor) -> Generated | None:
         if not contender.cold_seconds:
             first = contender.generate(ids, 2)
             contender.cold_seconds = first.clock.times[2] - first.clock.times[0]
-        return contender.generate(ids, CHECKED)
+        found = contender.generate(ids, CHECKED)
+        contender.checked[length] = found
+        return found
+    except torch.OutOfMemoryError:
+        # a shorter context or another contender may fit
+        contender.refused[length] = NO_ROOM
+        return None
     except Exception as error:
         if contender.name == HF_DEFAULT:
             raise
@@ -220,19 +234,18 @@ def _try(contender: Contender, ids: Tensor) -> Generated | None:
         return None
 
 
-def _wrong(name: str, found: Generated, expected: Generated) -> str:
+def why_wrong(contender: Contender, found: Generated, expected: Generated) -> str:
     """Why a contender must not be timed: its tokens or logits are wrong; "" where they are not."""
-    exact = name == KVFX_EXACT or not name.startswith("kvfx ")
     if not bool(torch.isfinite(found.logits).all()):
-        return "wrong: logits are not finite"
+        return NOT_FINITE
     if found.tokens[0] != expected.tokens[0]:
         return "wrong: its first token is not the dense model's"
-    if exact and found.tokens != expected.tokens:
+    if contender.exact and found.tokens != expected.tokens:
         return f"wrong: its {CHECKED} greedy tokens are not the dense model's"
     return ""
 
 
-def _row(contender: Contender, length: int, runs: Sequence[Generated], dense: float) -> Row:
+def _row(contender: Contender, length: int, runs: Sequence[Generated], dense: float | None) -> Row:
     if not runs:
         return Row(
             contender.name,
@@ -250,8 +263,8 @@ def _row(contender: Contender, length: int, runs: Sequence[Generated], dense: fl
         median,
         p25,
         p75,
-        ratio=median / dense,
-        prefill_ms=1e3 * statistics.median(run.clock.first for run in runs),
+        ratio=None if dense is None else median / dense,
+        prefill_ms=1e3 * statistics.median(run.fill_seconds + run.clock.first for run in runs),
         compress_seconds=contender.compress_seconds,
         cold_seconds=contender.cold_seconds,
         cache_bytes=runs[-1].cache_bytes,
@@ -277,7 +290,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.contender,
         f"{row.median_ms:.1f}",
         f"{row.p25_ms:.1f}-{row.p75_ms:.1f}",
-        f"{row.ratio:.2f}x",
+        "-" if row.ratio is None else f"{row.ratio:.2f}x",
         f"{row.prefill_ms:,.0f}",
         f"{row.cache_bytes / 2**20:.1f}",
         compress,
@@ -286,7 +299,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 @contextmanager
-def _inductor_cache(cold: bool) -> Iterator[None]:
+def inductor_cache(cold: bool) -> Iterator[None]:
     """Let Inductor start from an empty cache of its own, if `cold`; the user's is left alone."""
     if not cold:
         yield
@@ -300,19 +313,3 @@ def _inductor_cache(cold: bool) -> Iterator[None]:
             del os.environ[CACHE_VARIABLE]
             if before is not None:
                 os.environ[CACHE_VARIABLE] = before
-
-
-def _device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores"
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    return {
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }

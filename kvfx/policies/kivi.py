@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from kvfx.cache import BATCH, BUCKET, CAPACITY, Buffer
+from kvfx.cache import BATCH, BUCKET, CAPACITY, Buffer, Extent
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
 from kvfx.policy import Store, check_at_least, check_choice
@@ -108,6 +108,11 @@ class KIVI(Store):
             "residual": self.residual,
             "rule": self.mode,
         }
+
+    def entries(self) -> Extent:
+        """Codes, and the ring of exact keys."""
+        ring = self.residual if self.mode == "kivi" else self.residual + self.group_size
+        return CAPACITY + ring
 
     def capacity(self, entries: int, *, bounded: bool) -> int:
         """Entries to allocate as codes; exact ones live in rings, whose size is fixed."""

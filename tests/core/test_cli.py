@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from kvfx.cli import _split, _turn, app
@@ -107,7 +108,6 @@ def test_chat_continues_one_cache(folder):
 
 
 def test_chat_sees_what_one_long_prompt_would(folder):
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = ("-p", "full", "-n", "4", "--no-compile", "--no-verify")
@@ -175,6 +175,18 @@ def test_explain_json(folder):
         (("opt", "FOLDER", "--passes", "match-masks"), "error: pass 'match-masks' takes a"),
         (("bench", "decode", "--lengths", "1,x"), "error: --lengths '1,x': expected integers"),
         (("bench", "decode", "--policies", "fulll"), "error: there is no policy 'fulll'"),
+        (
+            ("bench", "decode", "--model", "FOLDER", "--random-weights", "tiny"),
+            "error: --model and --random-weights exclude each other: give one of them",
+        ),
+        (
+            ("bench", "decode", "--model", "FOLDER", "--fill", "random"),
+            "error: --fill and --max-batch go with --random-weights: add it, or drop them",
+        ),
+        (("bench", "decode", "--max-batch", "2"), "error: --fill and --max-batch go with"),
+        (("bench", "decode", "--random-weights", "tini"), "error: --random-weights 'tini' is not"),
+        (("bench", "kernels", "--ops", "attend", "--check-only"), "error: --ops: there is no op"),
+        (("bench", "kernels", "--shapes", "B1", "--check-only"), "error: --shapes 'B1': expected"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -221,6 +233,49 @@ def test_bench_decode(folder):
     assert "48       kvfx full" in result.stdout
     data = json.loads(call(*arguments, *fast, "--json").stdout)
     assert [row["contender"] for row in data["rows"]] == ["HF default", "kvfx full"] * 2
+
+
+def test_bench_random_weights():
+    arguments = ("bench", "decode", "--random-weights", "tiny", "--lengths", "24", "--rounds", "1")
+    fast = ("--policies", "full", "--no-compile", "--new-tokens", "2", "--fill", "random")
+    result = call(*arguments, *fast)
+    assert result.exit_code == 0
+    assert "24       kvfx full" in result.stdout
+    assert "caches filled with random entries: nothing was read" in result.stdout
+    data = json.loads(call(*arguments, *fast, "--json").stdout)
+    assert data["max_batch"] == 1 or torch.cuda.is_available()
+    assert data["fill"] == "random"
+
+
+SMALL = ("bench", "kernels", "--check-only", "--shapes", "B2-H4-K2-D64-T161-ragged")
+
+
+def test_bench_kernels(tmp_path):
+    path = tmp_path / "kernels.json"
+    result = call(*SMALL, "--ops", "append_dense,store_dense", "--json", str(path))
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["append_dense", "B2-H4-K2-D64-T161-ragged", "ok", "1.0", "KiB"] in lines
+    assert [row["wrong"] for row in json.loads(path.read_text())["rows"]] == ["", ""]
+
+
+def test_bench_kernels_fails_where_one_is_wrong(monkeypatch):
+    def broken(*_):
+        raise ValueError("out of luck")
+
+    for backend in ("reference", "triton"):
+        monkeypatch.setattr(f"kvfx.kernels.dense.{backend}.append", broken)
+    result = call(*SMALL, "--ops", "append_dense,store_dense")
+    assert result.exit_code == 1
+    assert "WRONG: raised ValueError: out of luck" in result.stdout
+    assert "store_dense" in result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_kernels_needs_a_gpu():
+    result = call("bench", "kernels")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: there is no GPU here, and kernels cannot be timed")
 
 
 def test_split():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfx.kernels.dense import triton
+from kvfx.testing.offline import Note
 
 BATCH, KV_HEADS, ENTRIES = 8, 8, 32768
 
@@ -61,3 +62,11 @@ VARIANTS: dict[str, Callable[[], object]] = {
     "append bf16 D=128": lambda: append(128, torch.bfloat16),
     "store bf16 D=128": lambda: store(128, torch.bfloat16),
 }
+
+
+def elements(note: Note) -> int | None:
+    """Elements of keys and values per thread and iteration."""
+    if note.kernel.__name__ != "attend_kernel":
+        return None
+    sizes = note.constants
+    return sizes["BLOCK_N"] * (sizes["WIDTH"] + sizes["VALUE_WIDTH"]) // (32 * note.warps)
