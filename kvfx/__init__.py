@@ -7,26 +7,43 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvfx.compiler import compress, explain
-    from kvfx.policies import KIVI, Full, PerLayer, StreamingLLM, policy_named
+    from kvfx.policies import (
+        H2O,
+        KIVI,
+        TOVA,
+        Full,
+        KeyDiff,
+        KNorm,
+        PerLayer,
+        SnapKV,
+        StreamingLLM,
+        policy_named,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["KIVI", "Full", "PerLayer", "StreamingLLM", "compress", "explain", "policy_named"]
+__all__ = [
+    "H2O",
+    "KIVI",
+    "TOVA",
+    "Full",
+    "KNorm",
+    "KeyDiff",
+    "PerLayer",
+    "SnapKV",
+    "StreamingLLM",
+    "compress",
+    "explain",
+    "policy_named",
+]
 
-HOMES = {
-    "compress": "kvfx.compiler",
-    "explain": "kvfx.compiler",
-    "KIVI": "kvfx.policies",
-    "Full": "kvfx.policies",
-    "PerLayer": "kvfx.policies",
-    "StreamingLLM": "kvfx.policies",
-    "policy_named": "kvfx.policies",
-}
+# where a name lives that is not a policy
+HOMES = {"compress": "kvfx.compiler", "explain": "kvfx.compiler"}
 
 
 def __getattr__(name: str) -> object:
     """The public names, each imported when it is first asked for: `kvfx --help` needs no torch."""
-    if name not in HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'kvfx' has no attribute {name!r}")
-    value = getattr(importlib.import_module(HOMES[name]), name)
+    value = getattr(importlib.import_module(HOMES.get(name, "kvfx.policies")), name)
     globals()[name] = value
     return value

@@ -67,9 +67,21 @@ def _like_second(_: Tensor, x: Tensor, **__: object) -> Tensor:
     return torch.empty_like(x)
 
 
+def _scores(q: Tensor, k: Tensor, live: Tensor, **_: object) -> Tensor:
+    return k.new_empty(k.shape[:3], dtype=torch.float32)
+
+
+def _key_scores(k: Tensor, live: Tensor) -> Tensor:
+    return k.new_empty(k.shape[:3], dtype=torch.float32)
+
+
 def _live_rows(position_ids: Tensor, kv_heads: int) -> Tensor:
     batch, rows = position_ids.shape
     return position_ids.new_empty(batch, kv_heads, rows, dtype=torch.bool)
+
+
+def _live_entries(cache: Tensor, length: Tensor) -> Tensor:
+    return cache.new_empty(cache.shape[:3], dtype=torch.bool)
 
 
 def _entry_shift(keep: Tensor, position_ids: Tensor | None, length: Tensor | None) -> Tensor:
@@ -231,6 +243,13 @@ OPS: dict[str, Op] = {
             traced=True,
         ),
         Op(
+            "live_entries",
+            "(Tensor cache, Tensor length) -> Tensor",
+            "kvfx.kernels.common.rows:live_entries",
+            _live_entries,
+            traced=True,
+        ),
+        Op(
             "entry_shift",
             "(Tensor keep, Tensor? position_ids, Tensor? length) -> Tensor",
             "kvfx.kernels.common.rows:entry_shift",
@@ -267,9 +286,74 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "select_top",
-            "(Tensor score, Tensor live, Tensor count, *, int sinks, int recent) -> Tensor",
+            "(Tensor score, Tensor live, Tensor count, *, int sinks, int recent, "
+            "float share=0.0) -> Tensor",
             "kvfx.kernels.select.reference:select_top",
             _like_keep,
+            triton="kvfx.kernels.select.triton:select_top",
+        ),
+        Op(
+            "score_window",
+            "(Tensor q, Tensor k, Tensor live, *, float scale, int window) -> Tensor",
+            "kvfx.kernels.scores.reference:window",
+            _scores,
+            triton="kvfx.kernels.scores.triton:window",
+        ),
+        Op(
+            "score_columns",
+            "(Tensor q, Tensor k, Tensor live, *, float scale) -> Tensor",
+            "kvfx.kernels.scores.reference:columns",
+            _scores,
+            triton="kvfx.kernels.scores.triton:columns",
+        ),
+        Op(
+            "score_key_norm",
+            "(Tensor k, Tensor live) -> Tensor",
+            "kvfx.kernels.scores.reference:key_norm",
+            _key_scores,
+            traced=True,
+        ),
+        Op(
+            "score_key_difference",
+            "(Tensor k, Tensor live) -> Tensor",
+            "kvfx.kernels.scores.reference:key_difference",
+            _key_scores,
+            traced=True,
+        ),
+        Op(
+            "store_entries",
+            "(Tensor x, Tensor keep, Tensor length, Tensor(a!) entries) -> ()",
+            "kvfx.kernels.entries.reference:store",
+            _nothing,
+            traced=True,
+        ),
+        Op(
+            "extend_entries",
+            "(Tensor x, Tensor keep, Tensor length, Tensor(a!) entries) -> ()",
+            "kvfx.kernels.entries.reference:extend",
+            _nothing,
+            traced=True,
+        ),
+        Op(
+            "compact_entries",
+            "(Tensor keep, Tensor(a!) entries) -> ()",
+            "kvfx.kernels.entries.reference:compact",
+            _nothing,
+            traced=True,
+        ),
+        Op(
+            "share_heads",
+            "(Tensor score) -> Tensor",
+            "kvfx.kernels.entries.reference:share_heads",
+            _like_first,
+            traced=True,
+        ),
+        Op(
+            "smooth",
+            "(Tensor score, *, int kernel, str mode) -> Tensor",
+            "kvfx.kernels.entries.reference:smooth",
+            _like_first,
+            traced=True,
         ),
         Op(
             "linear",
@@ -282,7 +366,7 @@ OPS: dict[str, Op] = {
         Op(
             "attend_scored_dense",
             f"(Tensor q, Tensor position_ids, Tensor(z!) score, {_read(DENSE)}, {RULES}, *, "
-            f"float scale, {RULE_ATTRIBUTES}) -> Tensor",
+            f"float scale, float decay=1.0, {RULE_ATTRIBUTES}) -> Tensor",
             "kvfx.kernels.dense.reference:attend_scored",
             _attend_scored,
             traced=True,
@@ -301,6 +385,13 @@ OPS: dict[str, Op] = {
             "kvfx.kernels.dense.reference:store",
             _nothing,
             triton="kvfx.kernels.dense.triton:store",
+        ),
+        Op(
+            "compact_dense",
+            f"(Tensor keep, Tensor? frequencies, {DENSE}, *, str style) -> ()",
+            "kvfx.kernels.compact.reference:compact",
+            _nothing,
+            triton="kvfx.kernels.compact.triton:compact",
         ),
         *_room("ring", RING, "int window", None),
         *_room("kivi", KIVI, KIVI_ATTRIBUTES, _load_kivi),

@@ -58,7 +58,8 @@ class Store(Policy):
     `flushes`;
     `attributes()` are their keyword arguments. `rows` says how rows to write are named: by a
     `"keep"` mask [B, K, S], or by `"positions"` [B, S]. A `croppable` format can forget its newest
-    entries.
+    entries; one that `compacts` closes gaps in place (`compact(keep, frequencies, *buffers)`),
+    others are loaded and stored anew.
     """
 
     role: ClassVar[str] = "store"
@@ -66,6 +67,7 @@ class Store(Policy):
     rows: ClassVar[str] = "keep"
     croppable: ClassVar[bool] = False
     flushes: ClassVar[bool] = False
+    compacts: ClassVar[bool] = False
 
     @abstractmethod
     def buffers(self, site: Site) -> dict[str, Buffer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from kvfx.emit import Emitter
+from kvfx.ops import overload
 
 
 def score_rows(
@@ -14,7 +15,11 @@ def score_rows(
     select = emit.plan.select
     if select is None or select.score is None:
         return None
-    return emit.op(select.score, q, k, v, live, **select.score_attributes(emit.plan.site))
+    # a score op takes those that its schema names
+    rows = {"q": q, "k": k, "v": v, "live": live}
+    named = [argument.name for argument in overload(select.score)._schema.arguments]
+    operands = [rows[name] for name in named if name in rows]
+    return emit.op(select.score, *operands, **select.score_attributes(emit.plan.site))
 
 
 def count_entries(emit: Emitter) -> fx.Node:

@@ -28,7 +28,8 @@ class InsertCache(Pass):
               keep = kvfx.select(kvfx.score(q, k, v), ...);  kvfx.store(k, v, keep, *buffers)
     extend:   o = kvfx.extend(q, k, v, position_ids, *buffers);  kvfx.store(k, v, live, *buffers)
     decode:   kvfx.append(k, v, live, *buffers);  o = kvfx.attend(q, position_ids, *buffers)
-    compact:  (the model is gone)  kvfx.flush(*buffers),  or load, select, zero the counters, store
+    compact:  (the model is gone)  kvfx.flush(*buffers),  or select, kvfx.compact(keep, *buffers),
+              or load, select, zero the counters, store
     """
 
     plan: Plan
@@ -120,19 +121,28 @@ def _compact(emit: Emitter) -> None:
         if emit.plan.store.flushes:
             emit.room("flush")
         return
-    loaded = emit.room("load")
-    k, v, live = (emit.call(_item, loaded, index) for index in range(3))
+    store, select = emit.plan.store, emit.plan.select
+    if store.compacts:
+        k, v = emit.inputs["k_cache"], emit.inputs["v_cache"]
+        live = emit.op("live_entries", k, emit.length)
+    else:
+        loaded = emit.room("load")
+        k, v, live = (emit.call(_item, loaded, index) for index in range(3))
     score = emit.inputs.get("score") or score_rows(emit, None, k, v, live)
     # a row that has not reached its limit waits, whatever its neighbours do
-    count = emit.op("hold_back", live, count_entries(emit), interval=emit.plan.select.interval)
+    count = emit.op("hold_back", live, count_entries(emit), interval=select.interval)
     keep = select_rows(emit, score, live, count)
     if "score" in emit.inputs:
         emit.op("compact_entries", keep, emit.inputs["score"])
+    if store.compacts:
+        rope = emit.plan.site.rope if select.positions == "cache" else None
+        turn = None if rope is None else emit.frequencies()
+        emit.room("compact", keep, turn, style="half" if rope is None else rope.style)
+        return
     k = rotate_to_entries(emit, (k,), keep, None, None)[0]
-    layouts = emit.plan.store.buffers(emit.plan.site).values()
-    for buffer, layout in zip(emit.buffers, layouts, strict=True):
+    for name, layout in store.buffers(emit.plan.site).items():
         if layout.counter:
-            emit.call(aten.zero_.default, buffer)
+            emit.call(aten.zero_.default, emit.inputs[name])
     emit.room("store", k, v, keep)
 
 

@@ -16,8 +16,8 @@ class Rules(NamedTuple):
     """What attention does besides scaled products; the defaults change nothing.
 
     A score s becomes `softcap * tanh(s / softcap)`, then loses `slopes[head] * distance`, then
-    gains the bias of its entry. `sinks` [H] are logits that take weight and give nothing. A row sees
-    entries less than `window` positions back, in its own `chunk`.
+    gains the bias of its entry. `sinks` [H] are logits that take weight and give nothing. A row
+    sees entries less than `window` positions back, in its own `chunk`.
     """
 
     slopes: Tensor | None = None

@@ -11,6 +11,11 @@ def live_rows(position_ids: Tensor, kv_heads: int) -> Tensor:
     return (position_ids >= 0)[:, None].expand(-1, kv_heads, -1)
 
 
+def live_entries(cache: Tensor, length: Tensor) -> Tensor:
+    """Entries of cache [B, K, C, D] that are live, length [B, K] of them: [B, K, C] bool."""
+    return torch.arange(cache.shape[2], device=cache.device) < length[..., None]
+
+
 def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
     """Row indices with the kept ones first, in their order, and their count: keep [B, K, S] -> [B,
     K, S], [B, K].

@@ -168,9 +168,9 @@ def attend_kernel(
     mask = inside[:, None] & (at_d < WIDTH)[None, :]
     query = tl.load(q_at, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
     reads = inside
-    asked = tl.zeros([BLOCK_M], dtype=tl.int64)
+    asked = tl.zeros([BLOCK_M], dtype=tl.int32)
     if q_position is not None:
-        asked = tl.load(q_position + batch * asked_batch + row, mask=inside, other=-1).to(tl.int64)
+        asked = tl.load(q_position + batch * asked_batch + row, mask=inside, other=-1).to(tl.int32)
         reads = asked >= 0
     slope = tl.zeros([BLOCK_M], dtype=tl.float32)
     if slopes is not None:
@@ -203,10 +203,10 @@ def attend_kernel(
             )
         seen = reads[:, None] & there[None, :]
         if POSITIONED:
-            held = entry
+            held = tile * BLOCK_N + at_n
             if position is not None:
                 held_at = position + batch * position_batch + kv_head * position_head + entry
-                held = tl.load(held_at, mask=there, other=-1).to(tl.int64)
+                held = tl.load(held_at, mask=there, other=-1).to(tl.int32)
                 # zero times garbage may be NaN
                 value = tl.where((held >= 0)[:, None], value, 0.0).to(value.dtype)
             distance = asked[:, None] - held[None, :]

@@ -74,16 +74,17 @@ def attend_scored(
     q: Tensor, position_ids: Tensor, score: Tensor, k_cache: Tensor, v_cache: Tensor,
     length: Tensor, position: Tensor | None = None, bias: Tensor | None = None,
     slopes: Tensor | None = None, sinks: Tensor | None = None,
-    *, scale: float, softcap: float = 0.0, window: int | None = None, chunk: int | None = None,
+    *, scale: float, decay: float = 1.0, softcap: float = 0.0, window: int | None = None,
+    chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """What `attend` returns; score [B, K, C] fp32 gains the weights that the entries get, summed
-    over the query heads of their KV head.
+    """What `attend` returns; score [B, K, C] fp32 becomes `decay` times itself plus the weights
+    that the entries get, summed over the query heads of their KV head.
     """
     rules = Rules(slopes, sinks, softcap, window, chunk)
     out, weight = _weighed(
         q, position_ids, k_cache, v_cache, length, position, bias, scale, rules
     )  # fmt: skip
-    score.add_(weight.sum(2))
+    score.copy_(score * decay + weight.sum(2))
     return out
 
 

@@ -77,9 +77,12 @@ def attend_scored(
     q: Tensor, position_ids: Tensor, score: Tensor, k_cache: Tensor, v_cache: Tensor,
     length: Tensor, position: Tensor | None = None, bias: Tensor | None = None,
     slopes: Tensor | None = None, sinks: Tensor | None = None,
-    *, scale: float, softcap: float = 0.0, window: int | None = None, chunk: int | None = None,
+    *, scale: float, decay: float = 1.0, softcap: float = 0.0, window: int | None = None,
+    chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """What `attend` returns; score [B, K, C] fp32 gains the weights that the entries get."""
+    """What `attend` returns; score [B, K, C] fp32 becomes `decay` times itself plus the weights
+    that the entries get.
+    """
     _check("attend_scored", q, position_ids, k_cache)
     parts = cache_parts(q, k_cache)
     partial, stats = workspace(q, parts, v_cache.shape[3])
@@ -90,7 +93,7 @@ def attend_scored(
         softcap=softcap, window=window, chunk=chunk,
     )  # fmt: skip
     out = q.new_empty(*q.shape[:3], v_cache.shape[3])
-    accumulate(scores, combine(partial, stats, out, sinks), length, score)
+    accumulate(scores, combine(partial, stats, out, sinks), length, score, decay)
     return out
 
 

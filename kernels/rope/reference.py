@@ -1,27 +1,9 @@
 """Rotary embedding by an arbitrary shift, in fp32: R(a) R(b) = R(a + b), so a rotated key moves by
-its delta.
+its delta. Compaction turns keys as well: the definition is in `kernels/common/rotation.py`.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from kvfx.kernels.common.rotation import rotate
 
-
-def rotate(x: Tensor, shift: Tensor, frequencies: Tensor, style: str) -> Tensor:
-    """Rotate the first channels of x [B, H, S, D] by `shift * frequencies`; the others pass.
-
-    shift is [B, K, S] positions, K dividing H; frequencies [W / 2] fp32 radians per position.
-    `style` pairs channel i with i + W / 2 ("half") or 2i with 2i + 1 ("interleaved").
-    """
-    width = 2 * frequencies.shape[0]
-    shift = shift.repeat_interleave(x.shape[1] // shift.shape[1], 1)
-    angle = (shift[..., None].double() * frequencies.double()).float()
-    cos, sin = angle.cos(), angle.sin()
-    turned, rest = x[..., :width].float(), x[..., width:]
-    first, second = (
-        turned.chunk(2, -1) if style == "half" else (turned[..., 0::2], turned[..., 1::2])
-    )
-    pair = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.cat(pair, -1) if style == "half" else torch.stack(pair, -1).flatten(-2)
-    return torch.cat((turned.to(x.dtype), rest), -1)
+__all__ = ["rotate"]

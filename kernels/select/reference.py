@@ -44,16 +44,25 @@ def select_recent(live: Tensor, count: Tensor, sinks: int) -> Tensor:
     )
 
 
-def select_top(score: Tensor, live: Tensor, count: Tensor, sinks: int, recent: int) -> Tensor:
-    """Keep `count` [B, K] live rows: the first `sinks`, the last `recent`, then those of largest
-    score [B, K, T].
+def select_top(
+    score: Tensor, live: Tensor, count: Tensor, sinks: int, recent: int, share: float = 0.0
+) -> Tensor:
+    """Keep `count` [B, K] live rows: the first `sinks`, the last `recent` and that `share` of the
+    count, then those of largest score [B, K, T].
 
-    Equal scores prefer the smaller index; rows that are not live are never kept.
+    Equal scores prefer the smaller index, NaN is the smallest score; rows that are not live are
+    never kept.
     """
     rank = live.long().cumsum(-1)
-    protected = (rank <= sinks) | (rank > live.sum(-1)[..., None] - recent)
-    ranked = score.float().masked_fill(protected, float("inf")).masked_fill(~live, float("-inf"))
+    newest = live.sum(-1) - recent - torch.floor(count.float() * share).long()
+    protected = (rank <= sinks) | (rank > newest[..., None])
+    ranked = score.float().masked_fill(score.isnan(), float("-inf"))
+    ranked = ranked.masked_fill(protected, float("inf"))
     order = torch.argsort(ranked, dim=-1, descending=True, stable=True)
+    # protected rows first, in their order, and rows that are not live last
+    tier = live.long() * (1 + protected.long())
+    tier = tier.gather(-1, order).argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, tier)
     place = torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
     )

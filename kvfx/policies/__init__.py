@@ -6,14 +6,29 @@ import difflib
 
 from kvfx.errors import PolicyError
 from kvfx.policies.full import Full
+from kvfx.policies.h2o import H2O
+from kvfx.policies.key_diff import KeyDiff
 from kvfx.policies.kivi import KIVI
+from kvfx.policies.knorm import KNorm
 from kvfx.policies.parse import parse_policy
 from kvfx.policies.per_layer import PerLayer
+from kvfx.policies.snapkv import SnapKV
 from kvfx.policies.streaming_llm import StreamingLLM
+from kvfx.policies.tova import TOVA
 from kvfx.policies.window_ring import WindowRing
 from kvfx.policy import Policy
 
-METHODS: tuple[type[Policy], ...] = (Full, KIVI, StreamingLLM, PerLayer)
+METHODS: tuple[type[Policy], ...] = (
+    Full,
+    KIVI,
+    StreamingLLM,
+    H2O,
+    SnapKV,
+    TOVA,
+    KeyDiff,
+    KNorm,
+    PerLayer,
+)
 
 PRESETS: dict[str, Policy] = {
     "full": Full(),
@@ -23,15 +38,23 @@ PRESETS: dict[str, Policy] = {
     "kivi-2bit": KIVI(bits=2),
     "streaming-50%": StreamingLLM(budget=0.5),
     "streaming-25%": StreamingLLM(budget=0.25),
+    "h2o-20%": H2O(budget=0.2),
+    "snapkv-25%": SnapKV(budget=0.25),
+    "keydiff-25%": KeyDiff(budget=0.25),
     "streaming-25%|k8v4": StreamingLLM(budget=0.25) | KIVI(k_bits=8, v_bits=4),
 }
 
 __all__ = [
+    "H2O",
     "KIVI",
     "METHODS",
     "PRESETS",
+    "TOVA",
     "Full",
+    "KNorm",
+    "KeyDiff",
     "PerLayer",
+    "SnapKV",
     "StreamingLLM",
     "WindowRing",
     "policy_named",

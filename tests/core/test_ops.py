@@ -79,6 +79,10 @@ def counts() -> Tensor:
     return torch.full((BATCH, KV_HEADS), 3)
 
 
+def scores(count: int = ROWS) -> Tensor:
+    return torch.rand(BATCH, KV_HEADS, count)
+
+
 SAMPLES = {
     "attention": (
         lambda: (rows(HEADS), rows(), rows(), None, positions()),
@@ -89,6 +93,23 @@ SAMPLES = {
         {"scale": 0.2, "window": 3},
     ),
     "live_rows": (lambda: (positions(),), {"kv_heads": KV_HEADS}),
+    "live_entries": (lambda: (rows(), counts().int()), {}),
+    "score_window": (lambda: (rows(HEADS, 3), rows(), keep()), {"scale": 0.2, "window": 2}),
+    "score_columns": (lambda: (rows(HEADS), rows(), keep()), {"scale": 0.2}),
+    "score_key_norm": (lambda: (rows(), keep()), {}),
+    "score_key_difference": (lambda: (rows(), keep()), {}),
+    "store_entries": (lambda: (scores(), keep(), counts().int(), scores(CAPACITY)), {}),
+    "extend_entries": (
+        lambda: (scores(CAPACITY + ROWS), keep(), counts().int(), scores(CAPACITY)),
+        {},
+    ),
+    "compact_entries": (lambda: (keep(CAPACITY), scores(CAPACITY)), {}),
+    "share_heads": (lambda: (scores(),), {}),
+    "smooth": (lambda: (scores(),), {"kernel": 3, "mode": "max"}),
+    "compact_dense": (
+        lambda: (keep(CAPACITY), torch.rand(8), *filled("dense")),
+        {"style": "half"},
+    ),
     "entry_shift": (lambda: (keep(), positions(), counts().int()), {}),
     "rotate": (
         lambda: (rows(HEADS), counts()[..., None].expand(-1, -1, ROWS), torch.rand(8)),
@@ -166,6 +187,9 @@ def test_torch_accepts_the_op(name, backend):
     torch.library.opcheck(overload(name, backend), given, attributes, test_utils=checks)
 
 
+WRITING = ("store", "append", "flush", "compact")
+
+
 def described(value: object) -> object:
     """dtype, shape and memory layout of a result."""
     if isinstance(value, Tensor):
@@ -199,7 +223,7 @@ def test_schemas_mark_what_is_written(name, backend):
         written = argument.alias_info is not None and argument.alias_info.is_write
         if not written and isinstance(new, Tensor):
             torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
-    mutable = name.split("_")[0] in ("store", "append", "flush") or "_scored_" in name
+    mutable = name.split("_")[0] in WRITING or name in ("extend_entries", "attend_scored_dense")
     assert schema.is_mutable is mutable
     assert overload(name)._schema.is_mutable is mutable
 
@@ -279,7 +303,9 @@ def test_no_clone_of_the_cache(room, backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["live_rows", "entry_shift", "rotate", "select_recent", "linear"])
+@pytest.mark.parametrize(
+    "name", ["live_rows", "entry_shift", "rotate", "select_recent", "smooth", "linear"]
+)
 def test_traced_ops_compile(name):
     arguments, attributes = SAMPLES[name]
     given = arguments()

@@ -185,5 +185,5 @@ def test_what_cannot_be_served_is_refused():
 
     q = torch.zeros(1, 1, 1, 1024, dtype=torch.float32, device=DEVICE)
     cache = [q, q, torch.ones(1, 1, dtype=torch.int32, device=DEVICE)]
-    with pytest.raises(UnsupportedShape, match="1024 channels of torch.float32"):
+    with pytest.raises(UnsupportedShape, match=r"1024 channels of torch\.float32"):
         triton.attend(q, torch.zeros(1, 1, device=DEVICE).long(), *cache, scale=1.0)
