@@ -117,6 +117,12 @@ def _attend_scored(
     return q.new_empty(*q.shape[:-1], v_cache.shape[-1])
 
 
+def _attend_scored_kivi(
+    q: Tensor, position_ids: Tensor, score: Tensor, *buffers: Tensor, **_: object
+) -> Tensor:
+    return q.new_empty(*q.shape[:-1], buffers[7].shape[-1])
+
+
 def _load_dense(k_cache: Tensor, v_cache: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(k_cache),
@@ -395,6 +401,14 @@ OPS: dict[str, Op] = {
         ),
         *_room("ring", RING, "int window", None),
         *_room("kivi", KIVI, KIVI_ATTRIBUTES, _load_kivi),
+        Op(
+            "attend_scored_kivi",
+            f"(Tensor q, Tensor position_ids, Tensor(z!) score, {_read(KIVI)}, *, float scale, "
+            f"{KIVI_ATTRIBUTES}, float decay=1.0) -> Tensor",
+            "kvfx.kernels.kivi.reference:attend_scored",
+            _attend_scored_kivi,
+            traced=True,
+        ),
         Op(
             "flush_kivi",
             f"({KIVI}, *, {KIVI_ATTRIBUTES}) -> ()",

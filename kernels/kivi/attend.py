@@ -12,10 +12,55 @@ import math
 import torch
 from torch import Tensor
 
-from kvfx.kernels.kivi.layout import Planes
+from kvfx.kernels.kivi.layout import Entries, Planes, Schedule, ring_tokens
 
 # int16 lanes of an int32: Inductor vectorizes 32-bit integers, not 16-bit ones
 LANES = 2
+
+
+def attend_step(
+    q: Tensor, has: Entries, due: Schedule, scale: float, k_bits: int, v_bits: int, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Attention of one row q [B, H, 1, D], [B, H, 1, Dv], and its weights [B, K, H / K, N]: those
+    of all codes, then those of the slots of the ring of keys.
+    """
+    # all but batch and tiles is static, also when traced with symbolic shapes
+    kv_heads, head_dim = int(has.k_residual.shape[1]), int(has.k_residual.shape[3])
+    value_dim = int(has.v_residual.shape[3])
+    row = (q.float() * scale).reshape(q.shape[0], kv_heads, -1, head_dim)
+    coded = torch.arange(has.k_scales.shape[2] * group_size, device=q.device)
+
+    k_planes = Planes(k_bits, head_dim, group_size)
+    score = scores_of_codes(row, has.k_codes, has.k_scales, has.k_zeros, k_planes)
+    score = score.masked_fill(~(coded < has.k_quantized[..., None])[:, :, None], float("-inf"))
+    live = ring_tokens(has.length, due.k_ring) >= has.k_quantized[..., None]
+    exact = [(x[:, :, None] * has.k_residual.float()).sum(-1) for x in row.unbind(2)]
+    exact = torch.stack(exact, 2).masked_fill(~live[:, :, None], float("-inf"))
+    weight = torch.cat((score, exact), -1).softmax(-1)
+
+    live = coded < has.v_quantized[..., None]
+    v_planes = Planes(v_bits, value_dim, group_size)
+    old = weight[..., : coded.shape[0]]
+    out = sum_of_codes(old, has.v_codes, has.v_scales, has.v_zeros, live, v_planes)
+    # a value may be exact while its key is a code already: where the weights of its slots lie
+    token = ring_tokens(has.length, due.v_ring)
+    ring = coded.shape[0] + token % due.k_ring
+    at = torch.where(token < has.k_quantized[..., None], token.clamp(min=0), ring)
+    new = weight.gather(-1, at[:, :, None].expand(-1, -1, row.shape[2], -1))
+    live = token >= has.v_quantized[..., None]
+    values = torch.where(live[..., None], has.v_residual.float(), 0.0)
+    new = torch.where(live[:, :, None], new, 0.0)
+    out = out + torch.stack([(x[..., None] * values).sum(2) for x in new.unbind(2)], 2)
+    return out.reshape(q.shape[0], q.shape[1], 1, value_dim).to(q.dtype), weight
+
+
+def weights_of_entries(weight: Tensor, has: Entries, due: Schedule) -> Tensor:
+    """Weights [B, K, N] of codes and slots as those of entries by position [B, K, N]; 0 beyond."""
+    entry = torch.arange(weight.shape[2], device=weight.device)
+    coded = weight.shape[2] - due.k_ring
+    old = entry < has.k_quantized[..., None]
+    at = torch.where(old, entry.clamp(max=max(coded - 1, 0)), coded + entry % due.k_ring)
+    return weight.gather(2, at).masked_fill(entry >= has.length[..., None], 0.0)
 
 
 def scores_of_codes(

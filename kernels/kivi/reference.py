@@ -11,12 +11,11 @@ from torch import Tensor
 
 from kvfx.kernels.common.attention import attend_rows
 from kvfx.kernels.common.rows import kept_first
-from kvfx.kernels.kivi.attend import scores_of_codes, sum_of_codes
+from kvfx.kernels.kivi.attend import attend_step, weights_of_entries
 from kvfx.kernels.kivi.layout import (
     Entries,
     Planes,
     quantized_of,
-    ring_tokens,
     rows_and_heads,
     schedule,
 )
@@ -125,35 +124,22 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """Attention of one row q [B, H, 1, D] over the live entries, never unpacked: [B, H, 1, Dv]."""
     del position_ids
+    due = schedule(group_size, residual, rule)
+    return attend_step(q, Entries(*buffers), due, scale, k_bits, v_bits, group_size)[0]
+
+
+def attend_scored(
+    q: Tensor, position_ids: Tensor, score: Tensor, *buffers: Tensor, scale: float,
+    k_bits: int, v_bits: int, group_size: int, residual: int, rule: str, decay: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """What `attend` returns; score [B, K, T] fp32 becomes `decay` times itself plus the weights
+    that the entries get, summed over the query heads of their KV head.
+    """
+    del position_ids
     has, due = Entries(*buffers), schedule(group_size, residual, rule)
-    # all but batch and tiles is static, also when traced with symbolic shapes
-    kv_heads, head_dim = int(has.k_residual.shape[1]), int(has.k_residual.shape[3])
-    value_dim = int(has.v_residual.shape[3])
-    row = (q.float() * scale).reshape(q.shape[0], kv_heads, -1, head_dim)
-    coded = torch.arange(has.k_scales.shape[2] * group_size, device=q.device)
-
-    k_planes = Planes(k_bits, head_dim, group_size)
-    score = scores_of_codes(row, has.k_codes, has.k_scales, has.k_zeros, k_planes)
-    score = score.masked_fill(~(coded < has.k_quantized[..., None])[:, :, None], float("-inf"))
-    live = ring_tokens(has.length, due.k_ring) >= has.k_quantized[..., None]
-    exact = [(x[:, :, None] * has.k_residual.float()).sum(-1) for x in row.unbind(2)]
-    exact = torch.stack(exact, 2).masked_fill(~live[:, :, None], float("-inf"))
-    weight = torch.cat((score, exact), -1).softmax(-1)
-
-    live = coded < has.v_quantized[..., None]
-    v_planes = Planes(v_bits, value_dim, group_size)
-    old = weight[..., : coded.shape[0]]
-    out = sum_of_codes(old, has.v_codes, has.v_scales, has.v_zeros, live, v_planes)
-    # a value may be exact while its key is a code already: where the weights of its slots lie
-    token = ring_tokens(has.length, due.v_ring)
-    ring = coded.shape[0] + token % due.k_ring
-    at = torch.where(token < has.k_quantized[..., None], token.clamp(min=0), ring)
-    new = weight.gather(-1, at[:, :, None].expand(-1, -1, row.shape[2], -1))
-    live = token >= has.v_quantized[..., None]
-    values = torch.where(live[..., None], has.v_residual.float(), 0.0)
-    new = torch.where(live[:, :, None], new, 0.0)
-    out = out + torch.stack([(x[..., None] * values).sum(2) for x in new.unbind(2)], 2)
-    return out.reshape(q.shape[0], q.shape[1], 1, value_dim).to(q.dtype)
+    out, weight = attend_step(q, has, due, scale, k_bits, v_bits, group_size)
+    score.copy_(score * decay + weights_of_entries(weight.sum(2), has, due))
+    return out
 
 
 def extend(

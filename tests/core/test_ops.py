@@ -129,6 +129,15 @@ SAMPLES = {
         ),
         {"scale": 0.2},
     ),
+    "attend_scored_kivi": (
+        lambda: (
+            rows(HEADS, 1),
+            positions(1),
+            torch.rand(BATCH, KV_HEADS, CAPACITY + 64),
+            *filled("kivi"),
+        ),
+        {"scale": 0.2, **STORES["kivi"].attributes(SITE)},
+    ),
     "attend_masked": (
         lambda: (
             rows(HEADS),
@@ -223,7 +232,7 @@ def test_schemas_mark_what_is_written(name, backend):
         written = argument.alias_info is not None and argument.alias_info.is_write
         if not written and isinstance(new, Tensor):
             torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
-    mutable = name.split("_")[0] in WRITING or name in ("extend_entries", "attend_scored_dense")
+    mutable = name.split("_")[0] in WRITING or name.startswith(("extend_entries", "attend_scored"))
     assert schema.is_mutable is mutable
     assert overload(name)._schema.is_mutable is mutable
 

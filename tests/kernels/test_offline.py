@@ -13,18 +13,20 @@ import pytest
 import triton
 
 from kvfx.testing.offline import TARGETS
-from kvfx.testing.shipped.__main__ import HEAD, ROOMS, markdown
+from kvfx.testing.shipped.__main__ import ROOMS, table
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs/kernels.md"
 NVIDIA = ("sm_80", "sm_90")
 # (variant, instructions per KV element at most): the budgets of 4 and 2 bits on sm_90
 BUDGETS = {
-    "attend 4 bit D=128": 2.5,
-    "attend 2 bit D=128": 2.5,
-    "attend 4 bit D=128 no asm": 4.2,
-    "attend 2 bit D=128 no asm": 4.2,
+    "attend 4 bit G=128 D=128": 2.5,
+    "attend 2 bit G=128 D=128": 2.5,
+    "attend 4 bit G=128 D=128, no asm": 4.2,
+    "attend 2 bit G=128 D=128, no asm": 4.2,
 }
+# compiled for its instructions alone: NVIDIA's GPUs get the assembly
+UNSHIPPED = ", no asm"
 
 pytestmark = pytest.mark.slow
 
@@ -45,12 +47,15 @@ def test_nothing_spills(room):
     assert rows(room)
     for row in rows(room):
         for arch in TARGETS:
+            if arch in NVIDIA and row["variant"].endswith(UNSHIPPED):
+                continue
             assert (row[arch]["stack"], row[arch]["spills"]) == (0, 0), (row["variant"], arch)
 
 
 @pytest.mark.parametrize("room", ["dense", "kivi"])
 def test_caches_are_copied_16_bytes_at_a_time(room):
-    found = [row for row in rows(room) if row["kernel"].startswith("attend")]
+    # loops over tiles; what is read token by token is no loop to count
+    found = [row for row in rows(room) if row["sm_90"]["per_element"] is not None]
     assert found
     for row in found:
         for arch in NVIDIA:
@@ -71,5 +76,5 @@ def test_the_documents_table_is_the_one_that_was_compiled():
     if triton.__version__ != version:
         pytest.skip(f"the table is of triton {version}, this is {triton.__version__}")
     written = rest.split("<!-- end -->")[0].strip().splitlines()
-    expected = [*HEAD.splitlines(), *(markdown(row) for room in ROOMS for row in rows(room))]
-    assert written == expected, "run: TRITON_INTERPRET=0 python -m kvfx.testing.shipped"
+    compiled = table([row for room in ROOMS for row in rows(room)])
+    assert written == compiled, "run: TRITON_INTERPRET=0 python -m kvfx.testing.shipped"

@@ -193,7 +193,7 @@ def test_scores_move_with_their_entries_at_an_eviction():
         assert bool((buffers["score"][0, :, count:] == 0).all())
 
 
-@pytest.mark.parametrize("name", ["keydiff", "knorm"])
+@pytest.mark.parametrize("name", POLICIES)
 def test_they_compose_with_quantization(name):
     policy = POLICIES[name] | KIVI(8, residual=0)
     fast = kvfx.compress(tiny_llama(head_dim=32), policy, compile=False, verify=False)
@@ -224,3 +224,17 @@ def test_what_makes_no_sense_is_refused(make, message):
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_repr_is_python(policy):
     assert eval(repr(policy)) == policy
+
+
+def test_scores_of_quantized_entries_are_those_of_exact_ones():
+    """With 8 bits, H2O adds up nearly the same weights for each entry."""
+    scores = []
+    for policy in (H2O(budget=1.0), H2O(budget=1.0) | KIVI(8, residual=0)):
+        fast = kvfx.compress(tiny_llama(head_dim=32), policy, compile=False, verify=False)
+        past = fast.new_cache()
+        fast(**left_padded((70, 40)), past_key_values=past, logits_to_keep=1)
+        for token in range(20):
+            fast(torch.full((2, 1), token), past_key_values=past)
+        scores.append([buffers["score"][:, :, :90] for buffers in past.state.buffers])
+    for exact, coded in zip(*scores, strict=True):
+        torch.testing.assert_close(coded, exact, rtol=0.05, atol=0.05)

@@ -7,10 +7,10 @@ import json
 import sys
 from collections.abc import Iterator
 
-from kvfx.testing.offline import TARGETS, Built, build, count, launches
+from kvfx.testing.offline import TARGETS, Built, Note, build, count, launches
 
 ROOMS = ("dense", "kivi", "scores", "compact", "select")
-# kernels that any room launches: shown once
+# kernels that any room launches: shown once, in the first one
 SHARED = ("combine_kernel", "accumulate_kernel")
 HEAD = (
     "| room | launch | kernel | warps | registers | shared KiB | instructions per KV element |\n"
@@ -27,7 +27,7 @@ def rows(rooms: tuple[str, ...]) -> Iterator[dict]:
             notes = {arch: launches(launcher, arch) for arch in TARGETS}
             for index, note in enumerate(notes["sm_90"]):
                 name = note.kernel.__name__
-                if name in SHARED and name in shown:
+                if name in SHARED and (name in shown or room != ROOMS[0]):
                     continue
                 shown.add(name)
                 row = {"room": room, "variant": variant, "kernel": name}
@@ -36,7 +36,7 @@ def rows(rooms: tuple[str, ...]) -> Iterator[dict]:
                 yield row
 
 
-def _facts(module: object, note: object, arch: str) -> dict:
+def _facts(module: object, note: Note, arch: str) -> dict:
     built = build(note, arch)
     elements = getattr(module, "elements", lambda note: None)(note)
     return {
@@ -57,6 +57,11 @@ def _per_element(built: Built, elements: int | None) -> float | None:
         return None
     loop = max(built.loops, key=lambda body: count(body, r"\bHMMA\b"))
     return round(len(loop) / elements, 2)
+
+
+def table(found: list[dict]) -> list[str]:
+    """Lines of Markdown; what a launch repeats is shown once."""
+    return [*HEAD.splitlines(), *dict.fromkeys(map(markdown, found))]
 
 
 def markdown(row: dict) -> str:
@@ -82,7 +87,7 @@ def main(arguments: list[str]) -> None:
     if "--json" in arguments:
         sys.stdout.write(json.dumps(found))
         return
-    sys.stdout.write("\n".join([HEAD, *map(markdown, found)]) + "\n")
+    sys.stdout.write("\n".join(table(found)) + "\n")
 
 
 if __name__ == "__main__":
