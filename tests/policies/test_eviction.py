@@ -214,7 +214,17 @@ def test_they_compose_with_quantization(name):
         (lambda: KNorm(positions="here"), "positions must be one of"),
         (lambda: H2O() | SnapKV(), "both play the role 'select'"),
     ],
-    ids=str,
+    ids=[
+        "even pool",
+        "window",
+        "pooling",
+        "recent",
+        "budget",
+        "interval",
+        "sinks",
+        "positions",
+        "two",
+    ],
 )
 def test_what_makes_no_sense_is_refused(make, message):
     with pytest.raises(PolicyError, match=message):
