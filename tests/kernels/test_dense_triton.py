@@ -109,7 +109,8 @@ def test_each_rule(names):
     assert_as_accurate_as(out, low_precision=low, truth=expected)
 
 
-def test_weights_accumulate():
+@pytest.mark.parametrize("decay", [1.0, 0.25, 0.0])
+def test_weights_accumulate(decay):
     length = torch.tensor(LENGTHS, device=DEVICE)
     cache = buffers(length, 65, 32, 32, torch.float32)
     live = [x.nan_to_num(0.0) for x in cache]
@@ -117,11 +118,11 @@ def test_weights_accumulate():
     for step in range(2):
         q = torch.randn(4, 6, 1, 32, device=DEVICE)
         position = torch.full((4, 1), 70 + step, device=DEVICE)
-        out = triton.attend_scored(q, position, found, *cache, scale=SCALE)
-        low = reference.attend_scored(q, position, expected, *live, scale=SCALE)
+        out = triton.attend_scored(q, position, found, *cache, scale=SCALE, decay=decay)
+        low = reference.attend_scored(q, position, expected, *live, scale=SCALE, decay=decay)
         torch.testing.assert_close(out, low)
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(found.sum(-1), (length > 0) * 6.0)
+    torch.testing.assert_close(found.sum(-1), (length > 0) * 3.0 * (1.0 + decay))
 
 
 @pytest.mark.parametrize("names", ["", "softcap sinks", "window", "slopes chunk", ALL])
