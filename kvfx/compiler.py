@@ -12,7 +12,7 @@ from torch import fx
 from kvfx.capture import capture
 from kvfx.errors import CalibrationError, UnmatchedAttention, UnsupportedShape
 from kvfx.graph import Graph
-from kvfx.ops import BACKENDS
+from kvfx.op_table import BACKENDS
 from kvfx.pass_manager import Trail, run_passes
 from kvfx.passes.pipeline import PROGRAMS, Target, outline_passes, program_passes, raise_passes
 from kvfx.plan import Plan, make_plan

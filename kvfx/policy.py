@@ -51,7 +51,7 @@ class Policy(ABC):
 class Store(Policy):
     """How an entry is held in memory. `room` names the kernel room whose ops the site uses.
 
-    The ops of a room take these arguments, in this order (see `kvfx/ops.py`):
+    The ops of a room take these arguments, in this order (see `kvfx/op_table.py`):
     `store(k, v, keep, *buffers)`, `append(k, v, keep, *buffers)`, `attend(q, position_ids,
     *buffers)`,
     `extend(q, k, v, position_ids, *buffers)`, `load(*buffers)`, and `flush(*buffers)` where

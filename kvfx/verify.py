@@ -9,7 +9,8 @@ from torch import fx
 
 from kvfx.errors import VerificationError
 from kvfx.graph import Graph, Level
-from kvfx.ops import BACKENDS, backend_of, name_of
+from kvfx.op_table import BACKENDS
+from kvfx.ops import backend_of, name_of
 from kvfx.provenance import origin
 
 Row = tuple[Callable[[fx.Node], bool], Callable[[fx.Node], bool], str]

@@ -10,7 +10,8 @@ from torch.fx.node import map_arg
 
 from kvfx.errors import UnsupportedShape
 from kvfx.graph import Graph, Level
-from kvfx.ops import BACKENDS, backend_for, constraint, name_of, overload
+from kvfx.op_table import BACKENDS
+from kvfx.ops import backend_for, constraint, name_of, overload
 from kvfx.pass_manager import Pass, Statistics
 from kvfx.provenance import origin
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from kvfx.kernels.common import launch
 
+# scores are kept in base 2: on the host, and inside kernels
 LOG2E = 1.4426950408889634
+IN_BASE_2 = tl.constexpr(LOG2E)
 
 
 def combine(partial: Tensor, stats: Tensor, out: Tensor, sinks: Tensor | None = None) -> Tensor:
@@ -52,7 +54,7 @@ def combine_kernel(
     channel = tl.arange(0, BLOCK_D)
     m = float("-inf")
     if sinks is not None:
-        m = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        m = tl.load(sinks + head).to(tl.float32) * IN_BASE_2
     for start in tl.static_range(0, PARTS, BLOCK_P):
         part = start + tl.arange(0, BLOCK_P)
         at = stats + (program * PARTS + part) * 2
@@ -61,7 +63,7 @@ def combine_kernel(
     m = tl.where(m == float("-inf"), 0.0, m)
     total = 0.0
     if sinks is not None:
-        total = tl.exp2(tl.load(sinks + head).to(tl.float32) * 1.4426950408889634 - m)
+        total = tl.exp2(tl.load(sinks + head).to(tl.float32) * IN_BASE_2 - m)
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
     for start in tl.static_range(0, PARTS, BLOCK_P):
         part = start + tl.arange(0, BLOCK_P)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from kvfx.errors import UnsupportedShape
+
 # enough programs for this many waves hide the ragged end of the last one
 WAVES = 2
 MOST_PARTS = 128
@@ -59,6 +61,12 @@ def unavailable(device: torch.device) -> str | None:
     if device.type in ("cuda", "meta") or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"Triton runs on CUDA and ROCm devices, not on {device} (or with TRITON_INTERPRET=1)"
+
+
+def require(op: str, reason: str | None) -> None:
+    """Raise UnsupportedShape if there is a reason why `op` cannot be served."""
+    if reason is not None:
+        raise UnsupportedShape(f"{op}: {reason}")
 
 
 def with_adjacent_channels(x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Attention over exact rows of keys and values, split into parts: the half before `combine`.
+"""Attention over exact rows of keys and values, split into parts that `combine` merges.
 
 Grouped query heads and query rows share one block of M rows, so each key is read once per block.
 """
@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfx.kernels.common import launch
+from kvfx.kernels.common.attention import Rules
+from kvfx.kernels.common.combine import IN_BASE_2, LOG2E, combine, workspace
 from kvfx.kernels.common.dot import dot
 
 # query rows and heads that share what is read
@@ -92,17 +94,51 @@ def output(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(batch, rows, heads, v.shape[3]).transpose(1, 2)
 
 
+def attend_entries(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, rules: Rules, *, scale: float,
+    length: Tensor | None, q_position: Tensor, position: Tensor | None = None,
+    bias: Tensor | None = None, scores: Tensor | None = None,
+    own: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention [B, H, S, Dv] of q [B, H, S, D] over a cache and, where given, over the rows' own
+    k, v [B, K, S, D], which are not stored yet; and its log-sum-exp (base 2) [B, H, S].
+
+    The other operands are those of `attend_parts`.
+    """
+    parts = cache_parts(q, k_cache)
+    partial, stats = workspace(q, parts + (own is not None), v_cache.shape[3])
+    attend_parts(
+        q, k_cache, v_cache, partial, stats, rules, first=0, parts=parts, scale=scale,
+        length=length, q_position=q_position, position=position, bias=bias, scores=scores,
+    )  # fmt: skip
+    if own is None:
+        out = q.new_empty(*q.shape[:3], v_cache.shape[3])
+    else:
+        attend_own(q, *own, partial, stats, rules, scale=scale, q_position=q_position)
+        out = output(q, v_cache)
+    return out, combine(partial, stats, out, rules.sinks)
+
+
+def attend_own(
+    q: Tensor, k: Tensor, v: Tensor, partial: Tensor, stats: Tensor, rules: Rules, *,
+    scale: float, q_position: Tensor,
+) -> None:  # fmt: skip
+    """Write the last part: that of rows over themselves, by their positions."""
+    attend_parts(
+        q, k, v, partial, stats, rules, first=stats.shape[1] - 1, parts=1, scale=scale,
+        length=None, q_position=q_position, position=q_position[:, None],
+    )  # fmt: skip
+
+
 def attend_parts(
-    q: Tensor, k: Tensor, v: Tensor, partial: Tensor, stats: Tensor, *,
-    first: int, parts: int, scale: float, length: Tensor | None,
-    q_position: Tensor | None = None, position: Tensor | None = None, bias: Tensor | None = None,
-    slopes: Tensor | None = None, scores: Tensor | None = None,
-    softcap: float = 0.0, window: int | None = None, chunk: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, partial: Tensor, stats: Tensor, rules: Rules, *,
+    first: int, parts: int, scale: float, length: Tensor | None, q_position: Tensor,
+    position: Tensor | None = None, bias: Tensor | None = None, scores: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write the parts `first` to `first + parts` of the attention of q [B, H, S, D] over k, v.
 
     The entries k [B, K, T, D], v [B, K, T, Dv] count below length [B, K] (None: all of them).
-    Where `position` [B, 1 or K, T], `window`, `chunk` or `slopes` [H] is given, a row at q_position
+    Where `position` [B, 1 or K, T] is given or a rule asks for positions, a row at q_position
     [B, S] sees entries at positions `0 <= p <= q_position` inside window and chunk; without
     `position`, an entry is at the position of its index. Rows at a negative q_position see nothing.
     `bias` [B, K, T] is added to scores. scores [B, H, T] fp32 get the scores (base 2) of the only
@@ -116,18 +152,14 @@ def attend_parts(
     blocks = triton.cdiv(rows * repeat, block)
     machine = launch.machine(q.device)
     tile, warps, stages = config(machine.arch, width, k.element_size(), block)
-    positioned = (
-        position is not None or window is not None or chunk is not None or slopes is not None
-    )
-    assert q_position is not None or not positioned
+    positioned = position is not None or rules.positioned
     launch.run(
         attend_kernel, (blocks * parts, batch * kv_heads),
-        q, k, v, partial, stats, length, q_position, position, bias, slopes, scores,
-        scale * 1.4426950408889634, softcap or None, window, chunk,
+        q, k, v, partial, stats, length, q_position, position, bias, rules.slopes, scores,
+        scale * LOG2E, rules.softcap or None, rules.window, rules.chunk,
         q.stride(0), q.stride(1), q.stride(2),
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
-        0 if q_position is None else q_position.stride(0),
-        *_strides(position), *_strides(bias), kv_heads, rows, entries, first, parts, stats.shape[1],
+        q_position.stride(0), *_strides(position), *_strides(bias), kv_heads, rows, entries, first, parts, stats.shape[1],
         REPEAT=repeat, WIDTH=width, VALUE_WIDTH=v.shape[3], POSITIONED=positioned,
         BLOCK_M=block, BLOCK_N=tile, STAGES=stages,
         BLOCK_D=max(16, triton.next_power_of_2(width)),
@@ -167,11 +199,8 @@ def attend_kernel(
     q_at = q + batch * q_batch + head[:, None] * q_head + row[:, None] * q_row + at_d[None, :]
     mask = inside[:, None] & (at_d < WIDTH)[None, :]
     query = tl.load(q_at, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
-    reads = inside
-    asked = tl.zeros([BLOCK_M], dtype=tl.int32)
-    if q_position is not None:
-        asked = tl.load(q_position + batch * asked_batch + row, mask=inside, other=-1).to(tl.int32)
-        reads = asked >= 0
+    asked = tl.load(q_position + batch * asked_batch + row, mask=inside, other=-1).to(tl.int32)
+    reads = asked >= 0
     slope = tl.zeros([BLOCK_M], dtype=tl.float32)
     if slopes is not None:
         slope = tl.load(slopes + head, mask=inside, other=0.0).to(tl.float32)
@@ -199,7 +228,7 @@ def attend_kernel(
         if softcap is not None:
             # tanh(x) = 1 - 2 / (e^2x + 1), in base 2; the cap is a logit
             score = (
-                softcap * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp2(2.0 * score / softcap) + 1.0))
+                softcap * IN_BASE_2 * (1.0 - 2.0 / (tl.exp2(2.0 * score / softcap) + 1.0))
             )
         seen = reads[:, None] & there[None, :]
         if POSITIONED:
@@ -216,10 +245,10 @@ def attend_kernel(
             if chunk is not None:
                 seen = seen & ((asked // chunk)[:, None] == (held // chunk)[None, :])
             if slopes is not None:
-                score -= slope[:, None] * 1.4426950408889634 * distance.to(tl.float32)
+                score -= slope[:, None] * IN_BASE_2 * distance.to(tl.float32)
         if bias is not None:
             bias_at = bias + batch * bias_batch + kv_head * bias_head + entry
-            score += (tl.load(bias_at, mask=there, other=0.0) * 1.4426950408889634)[None, :]
+            score += (tl.load(bias_at, mask=there, other=0.0) * IN_BASE_2)[None, :]
         score = tl.where(seen, score, float("-inf"))
         if scores is not None:
             at = scores + (batch * kv_heads * REPEAT + head)[:, None] * entries + entry[None, :]

@@ -7,12 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfx.errors import UnsupportedShape
 from kvfx.kernels.common import launch
 from kvfx.kernels.common.accumulate import accumulate
-from kvfx.kernels.common.combine import combine, workspace
+from kvfx.kernels.common.attention import Rules
 from kvfx.kernels.common.rows import kept_first
-from kvfx.kernels.common.split_attention import attend_parts, cache_parts, output, refusal
+from kvfx.kernels.common.split_attention import attend_entries, refusal
 
 # rows that one program copies
 ROWS = 16
@@ -61,16 +60,11 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """Attention of one row q [B, H, 1, D] over the live entries: [B, H, 1, Dv]."""
     _check("attend", q, position_ids, k_cache)
-    parts = cache_parts(q, k_cache)
-    partial, stats = workspace(q, parts, v_cache.shape[3])
-    attend_parts(
-        q, k_cache, v_cache, partial, stats, first=0, parts=parts, scale=scale, length=length,
-        q_position=position_ids, position=position, bias=bias, slopes=slopes,
-        softcap=softcap, window=window, chunk=chunk,
-    )  # fmt: skip
-    out = q.new_empty(*q.shape[:3], v_cache.shape[3])
-    combine(partial, stats, out, sinks)
-    return out
+    rules = Rules(slopes, sinks, softcap, window, chunk)
+    return attend_entries(
+        q, k_cache, v_cache, rules, scale=scale, length=length, q_position=position_ids,
+        position=position, bias=bias,
+    )[0]  # fmt: skip
 
 
 def attend_scored(
@@ -84,16 +78,13 @@ def attend_scored(
     that the entries get.
     """
     _check("attend_scored", q, position_ids, k_cache)
-    parts = cache_parts(q, k_cache)
-    partial, stats = workspace(q, parts, v_cache.shape[3])
+    rules = Rules(slopes, sinks, softcap, window, chunk)
     scores = torch.empty(*q.shape[:2], k_cache.shape[2], dtype=torch.float32, device=q.device)
-    attend_parts(
-        q, k_cache, v_cache, partial, stats, first=0, parts=parts, scale=scale, length=length,
-        q_position=position_ids, position=position, bias=bias, slopes=slopes, scores=scores,
-        softcap=softcap, window=window, chunk=chunk,
+    out, lse = attend_entries(
+        q, k_cache, v_cache, rules, scale=scale, length=length, q_position=position_ids,
+        position=position, bias=bias, scores=scores,
     )  # fmt: skip
-    out = q.new_empty(*q.shape[:3], v_cache.shape[3])
-    accumulate(scores, combine(partial, stats, out, sinks), length, score, decay)
+    accumulate(scores, lse, length, score, decay)
     return out
 
 
@@ -104,34 +95,16 @@ def extend(
     *, scale: float, softcap: float = 0.0, window: int | None = None, chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of S rows over the live entries and over themselves: [B, H, S, Dv]."""
-    _check("extend", k, k, q)
-    parts = cache_parts(q, k_cache)
-    partial, stats = workspace(q, parts + 1, v_cache.shape[3])
-    attend_parts(
-        q, k_cache, v_cache, partial, stats, first=0, parts=parts, scale=scale, length=length,
-        q_position=position_ids, position=position, bias=bias, slopes=slopes,
-        softcap=softcap, window=window, chunk=chunk,
-    )  # fmt: skip
-    attend_parts(
-        q, k, v, partial, stats, first=parts, parts=1, scale=scale, length=None,
-        q_position=position_ids, position=position_ids[:, None], slopes=slopes,
-        softcap=softcap, window=window, chunk=chunk,
-    )  # fmt: skip
-    out = output(q, v_cache)
-    combine(partial, stats, out, sinks)
-    return out
-
-
-def load(k_cache: Tensor, v_cache: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies of the entries, k and v [B, K, C, D], and which of them are live [B, K, C] bool."""
-    live = torch.arange(k_cache.shape[2], device=k_cache.device) < length[..., None]
-    return k_cache.clone(), v_cache.clone(), live
+    _check("extend", k)
+    rules = Rules(slopes, sinks, softcap, window, chunk)
+    return attend_entries(
+        q, k_cache, v_cache, rules, scale=scale, length=length, q_position=position_ids,
+        position=position, bias=bias, own=(k, v),
+    )[0]  # fmt: skip
 
 
 def _check(verb: str, *operands: Tensor) -> None:
-    reason = constraint(verb, *operands)
-    if reason is not None:
-        raise UnsupportedShape(f"{verb}_dense: {reason}")
+    launch.require(f"{verb}_dense", constraint(verb, *operands))
 
 
 def _write(

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from kvfx.errors import UnsupportedShape
 from kvfx.kernels.common import launch
+from kvfx.kernels.common.attention import PLAIN
 from kvfx.kernels.common.combine import LOG2E, combine
 from kvfx.kernels.common.rows import kept_first
-from kvfx.kernels.common.split_attention import attend_parts, output, refusal
+from kvfx.kernels.common.split_attention import attend_own, output, refusal
 from kvfx.kernels.kivi.layout import Entries, Planes, quantized_of, schedule
 from kvfx.kernels.kivi.triton_split import attend_cache
 from kvfx.kernels.kivi.triton_store import (
@@ -157,10 +158,7 @@ def extend(
     partial, stats = attend_cache(
         q, position_ids, Entries(*buffers), scale * LOG2E, k_bits, v_bits, group_size, rule, more=1
     )
-    attend_parts(
-        q, k, v, partial, stats, first=stats.shape[1] - 1, parts=1, scale=scale, length=None,
-        q_position=position_ids, position=position_ids[:, None],
-    )  # fmt: skip
+    attend_own(q, k, v, partial, stats, PLAIN, scale=scale, q_position=position_ids)
     out = output(q, v)
     combine(partial, stats, out)
     return out

@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfx.errors import UnsupportedShape
 from kvfx.kernels.common import launch
-from kvfx.kernels.common.combine import combine, workspace
-from kvfx.kernels.common.split_attention import attend_parts, cache_parts, output, refusal
+from kvfx.kernels.common.attention import Rules
+from kvfx.kernels.common.split_attention import attend_entries, refusal
 
 
 def constraint(verb: str, *operands: Tensor | None, **attributes: object) -> str | None:
@@ -57,15 +56,10 @@ def attend(
     """Attention of one row q [B, H, 1, D] over the entries inside its window: [B, H, 1, Dv]."""
     del length
     _check("attend", q, position_ids, k_cache)
-    parts = cache_parts(q, k_cache)
-    partial, stats = workspace(q, parts, v_cache.shape[3])
-    attend_parts(
-        q, k_cache, v_cache, partial, stats, first=0, parts=parts, scale=scale, length=None,
-        q_position=position_ids, position=position[:, None], window=window,
-    )  # fmt: skip
-    out = q.new_empty(*q.shape[:3], v_cache.shape[3])
-    combine(partial, stats, out)
-    return out
+    return attend_entries(
+        q, k_cache, v_cache, Rules(window=window), scale=scale, length=None,
+        q_position=position_ids, position=position[:, None],
+    )[0]  # fmt: skip
 
 
 def extend(
@@ -77,25 +71,14 @@ def extend(
     """
     del length
     _check("extend", k)
-    parts = cache_parts(q, k_cache)
-    partial, stats = workspace(q, parts + 1, v_cache.shape[3])
-    attend_parts(
-        q, k_cache, v_cache, partial, stats, first=0, parts=parts, scale=scale, length=None,
-        q_position=position_ids, position=position[:, None], window=window,
-    )  # fmt: skip
-    attend_parts(
-        q, k, v, partial, stats, first=parts, parts=1, scale=scale, length=None,
-        q_position=position_ids, position=position_ids[:, None], window=window,
-    )  # fmt: skip
-    out = output(q, v_cache)
-    combine(partial, stats, out)
-    return out
+    return attend_entries(
+        q, k_cache, v_cache, Rules(window=window), scale=scale, length=None,
+        q_position=position_ids, position=position[:, None], own=(k, v),
+    )[0]  # fmt: skip
 
 
 def _check(verb: str, *operands: Tensor) -> None:
-    reason = constraint(verb, *operands)
-    if reason is not None:
-        raise UnsupportedShape(f"{verb}_ring: {reason}")
+    launch.require(f"{verb}_ring", constraint(verb, *operands))
 
 
 def _write(

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from kvfx.errors import UnsupportedShape
 from kvfx.kernels.common import launch
+from kvfx.kernels.common.combine import LOG2E
 from kvfx.kernels.scores.configs import config
 from kvfx.kernels.scores.triton_tiles import column_kernel, lse_kernel, merge_kernel
 
-LOG2E = 1.4426950408889634
 WIDEST = 512
 
 

@@ -33,7 +33,7 @@ from kvfx.bench.roofline import (
     sets_beyond,
 )
 from kvfx.errors import InputError, UnsupportedOperation, UnsupportedShape
-from kvfx.ops import OPS
+from kvfx.op_table import OPS
 from kvfx.policies.kivi import KIVI
 from kvfx.policy import Store
 

@@ -33,7 +33,7 @@ from kvfx.bench.throughput import (
     random_ids,
 )
 from kvfx.errors import InputError, ModelNotFound, UnsupportedOperation, UnsupportedShape
-from kvfx.ops import OPS
+from kvfx.op_table import OPS
 from kvfx.policies.full import Full
 from kvfx.policies.kivi import KIVI
 from kvfx.testing.tiny import VOCAB, tiny_llama

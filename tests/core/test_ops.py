@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kvfx.errors import PolicyError
 from kvfx.geometry import Causal, Site
-from kvfx.ops import BACKENDS, OPS, backend_of, name_of, overload, score_op
+from kvfx.op_table import BACKENDS, OPS
+from kvfx.ops import backend_of, name_of, overload, score_op
 from kvfx.policies import KIVI, Full, WindowRing
 
 BATCH, KV_HEADS, HEADS, WIDTH, ROWS, CAPACITY = 2, 2, 6, 32, 5, 96
