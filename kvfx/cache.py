@@ -43,7 +43,7 @@ class Buffer:
 
     shape: tuple[Extent, ...]
     dtype: torch.dtype
-    fill: int = 0
+    fill: float = 0
     counter: bool = False
 
     def sizes(self, batch: int, capacity: int) -> tuple[int, ...]:

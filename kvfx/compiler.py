@@ -17,7 +17,7 @@ from kvfx.pass_manager import Trail, run_passes
 from kvfx.passes.pipeline import PROGRAMS, Target, outline_passes, program_passes, raise_passes
 from kvfx.plan import Plan, make_plan
 from kvfx.policies import policy_named
-from kvfx.policy import Policy
+from kvfx.policy import Policy, check_at_least
 from kvfx.report import Report, make_report
 from kvfx.runtime import Executor
 from kvfx.validate import validate
@@ -49,6 +49,7 @@ def compress(
     verify: bool = True,
     calibration: object | None = None,
     max_length: int | None = None,
+    prefill_chunk: int | None = None,
     strict: bool = True,
 ) -> CompressedModel:
     """The model with its KV cache compressed by `policy` (a policy or a preset's name); `model`
@@ -57,8 +58,10 @@ def compress(
     `backend="auto"` picks the best backend that exists for the device. `compile=False` runs the
     rewritten graph eagerly. `verify=True` first proves on random tokens that the rewrite under
     `Full()` computes what the model does.
-    `max_length` bounds the tokens of a conversation. `strict=False` keeps sites dense that the
-    policy cannot serve.
+    `max_length` bounds the tokens of a conversation. With `prefill_chunk`, prompts are read and
+    compressed that many tokens at a time, so that a long one never holds its dense cache: tokens
+    are then ranked by what came before the end of their chunk. `strict=False` keeps sites dense
+    that the policy cannot serve.
 
     Raises CaptureError (not a decoder with attention), UnmatchedAttention (a site is not
     understood), UnsupportedShape (the policy or backend cannot serve a site), PolicyError (unknown
@@ -67,6 +70,8 @@ def compress(
     from kvfx.model import CompressedModel
 
     start = time.perf_counter()
+    if prefill_chunk is not None:
+        check_at_least("compress", "prefill_chunk", prefill_chunk, 2)
     if calibration is not None:
         raise CalibrationError("no policy of this version reads a calibration: leave it out")
     lowered = lower(model, policy, backend=backend, compile=compile, strict=strict)
@@ -86,7 +91,12 @@ def compress(
         model,
         lowered.plan,
         lowered.graphs,
-        Executor(programs, compiled=compiled, replays=_replays(lowered, compiled)),
+        Executor(
+            programs,
+            compiled=compiled,
+            replays=_replays(lowered, compiled),
+            chunk=prefill_chunk,
+        ),
         lowered.trail,
         report,
         max_length,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,6 +15,7 @@ from kvfx.cache import BATCH, CAPACITY, Buffer
 from kvfx.graph import Graph, call, fake_mode
 from kvfx.ops import overload
 from kvfx.plan import SitePlan
+from kvfx.policy import Attributes
 from kvfx.provenance import Stamp
 
 HINT = 512
@@ -61,6 +63,33 @@ class Emitter:
         """One kvfx op by name."""
         return call(self.graph, overload(name), args, self.mark, **attributes)
 
+    def named(
+        self, name: str, operands: Mapping[str, fx.Node | None], attributes: Attributes
+    ) -> fx.Node:
+        """One kvfx op, which takes those operands that its schema names."""
+        taken = [
+            argument for argument in overload(name)._schema.arguments if not argument.kwarg_only
+        ]
+        return self.op(name, *(operands[argument.name] for argument in taken), **attributes)
+
+    def item(self, values: fx.Node, index: int) -> fx.Node:
+        """One output of an op that has several."""
+        return self.call(operator.getitem, values, index)
+
+    @property
+    def suffix(self) -> str:
+        """What ends the names of ops on entries whose heads share their memory."""
+        return f"_{self.plan.store.room}" if self.plan.store.ragged else ""
+
+    @property
+    def counts(self) -> tuple[fx.Node, ...]:
+        """The buffers that tell which entries are live."""
+        return (self.inputs["start"], self.length) if self.plan.store.ragged else (self.length,)
+
+    def write(self, verb: str, name: str, x: fx.Node, keep: fx.Node) -> None:
+        """Store, extend or append numbers x [B, K, S] beside entries, ahead of the entries."""
+        self.op(f"{verb}_entries{self.suffix}", x, keep, *self.counts, self.inputs[name])
+
     def room(self, verb: str, *rows: Argument, **attributes: Argument) -> fx.Node:
         """One op of the store's room: rows, then the buffers, then the store's attributes."""
         store = self.plan.store
@@ -80,6 +109,12 @@ class Emitter:
         site = self.plan.site
         assert site.rope is not None
         name = f"frequencies_{site.index}"
+        if hasattr(self.graph.module, name):
+            return next(
+                node
+                for node in self.graph.module.graph.find_nodes(op="get_attr")
+                if node.target == name
+            )
         values = torch.tensor(site.rope.frequencies, dtype=torch.float32, device=site.device)
         self.graph.module.register_buffer(name, values)
         node = self.graph.module.graph.get_attr(name)

@@ -79,6 +79,12 @@ class Site:
         """Query heads per KV head."""
         return self.heads // self.kv_heads
 
+    def is_outer(self, sites: int) -> bool:
+        """Whether it is one of the first two of `sites` or the last: several papers leave those
+        alone.
+        """
+        return self.index in (0, 1, sites - 1)
+
     @property
     def window(self) -> int | None:
         """The sliding window of the model at this site, if it has one."""

@@ -24,7 +24,7 @@ def memory_bytes(plan: Plan, batch: int, length: int) -> int:
 
 def site_bytes(plan: SitePlan, batch: int, length: int) -> int:
     """Bytes of one site's buffers after a prompt of `length` tokens per row."""
-    capacity = plan.schedule.capacity(plan.schedule.kept(length), length)
+    capacity = plan.schedule.capacity(plan.schedule.kept(length, length), length)
     return evaluated(site_formula(plan), batch, capacity)
 
 

@@ -95,7 +95,7 @@ def _targets(k: Tensor, *_: object, **__: object) -> Tensor:
     return k.new_empty(k.shape[:3], dtype=torch.int64)
 
 
-def _next_target(keep: Tensor) -> Tensor:
+def _next_target(keep: Tensor, live: Tensor) -> Tensor:
     return torch.empty_like(keep, dtype=torch.int64)
 
 
@@ -118,6 +118,10 @@ def _like_rows(k: Tensor, v: Tensor, *_: object, **__: object) -> tuple[Tensor, 
 def _position_rows(position_ids: Tensor, kv_heads: int) -> Tensor:
     batch, rows = position_ids.shape
     return position_ids.new_empty(batch, kv_heads, rows)
+
+
+def _resize_flat(start: Tensor, length: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    return start.new_empty(start.shape[0], slots, dtype=torch.int64), torch.empty_like(start)
 
 
 def _live_flat(k_flat: Tensor, start: Tensor, length: Tensor) -> Tensor:
@@ -433,7 +437,7 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "merge_next",
-            "(Tensor keep) -> Tensor",
+            "(Tensor keep, Tensor live) -> Tensor",
             "kvfx.kernels.merge.reference:next_kept",
             _next_target,
             traced=True,
@@ -597,6 +601,12 @@ OPS: dict[str, Op] = {
             "kvfx.kernels.flat.reference:attend_scored",
             _attend_scored,
             triton="kvfx.kernels.flat.triton:attend_scored",
+        ),
+        Op(
+            "resize_flat",
+            "(Tensor start, Tensor length, SymInt slots) -> (Tensor, Tensor)",
+            "kvfx.kernels.flat.layout:resized",
+            _resize_flat,
         ),
         Op(
             "live_entries_flat",

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from kvfx.cache import Buffer
 from kvfx.errors import PolicyError, UnsupportedShape
 from kvfx.geometry import Site, Unproven
+from kvfx.policies.flat_dense import FlatDense
 from kvfx.policies.full import Full
 from kvfx.policies.masked_dense import MaskedDense
 from kvfx.policies.window_ring import WindowRing
-from kvfx.policy import Policy, Select, Store
+from kvfx.policy import NUMBERS, Allocate, Merge, Policy, Refine, Select, Stage, Store
 
 
 @dataclass(frozen=True)
@@ -18,26 +19,37 @@ class Schedule:
     """When the entries of a site are evicted or flushed: a function of counts that the host knows.
 
     Sites with equal schedules hold equally many entries at all times, so the host keeps one count
-    for all of them.
+    for all of them. Where only the data tell how many entries stay, each site has its own count,
+    read back after every compression; `tokens` is then what was read last.
     """
 
     store: Store
     select: Select | None
+    site: int | None = None
 
-    def kept(self, tokens: int) -> int:
-        """Entries of a row after a prompt of `tokens` tokens."""
-        return tokens if self.select is None else self.select.kept(tokens)
+    @property
+    def measured(self) -> bool:
+        """Whether counts are read back."""
+        return self.site is not None
+
+    def kept(self, rows: int, tokens: int) -> int:
+        """Entries of a row after the first `rows` of a prompt of `tokens` tokens."""
+        if self.select is None or self.measured:
+            return rows
+        return self.select.keeps(rows, tokens)
 
     def limit(self, tokens: int) -> int | None:
         """Entries at which a row is compacted, or None where nothing is ever evicted."""
-        return None if self.select is None else self.select.allowed(tokens) + self.select.interval
+        if self.select is None:
+            return None
+        return (tokens if self.measured else self.select.allowed(tokens)) + self.select.interval
 
     def compacted(self, entries: int, tokens: int) -> int:
         """Entries of a row after a run of the compact program."""
         limit = self.limit(tokens)
-        if self.select is None or limit is None or entries < limit:
+        if self.select is None or limit is None or entries < limit or self.measured:
             return entries
-        return self.select.allowed(tokens)
+        return self.select.keeps(entries, tokens)
 
     def due(self, entries: int, tokens: int) -> bool:
         """Whether a row of `entries` entries after a prompt of `tokens` tokens is to be compacted
@@ -56,43 +68,57 @@ class Schedule:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The choice for one site. `note` says why it differs from the policy, where it does."""
+    """The choice for one site, one policy per role. `note` says why it differs from what was asked
+    for, where it does.
+    """
 
     site: Site
     store: Store
-    select: Select | None
+    select: Select | None = None
+    allocate: Allocate | None = None
+    refine: Refine | None = None
+    merge: Merge | None = None
     note: str = ""
 
     @property
-    def entry_buffers(self) -> dict[str, Buffer]:
-        """Numbers kept beside each entry, by what they are."""
-        if self.select is None:
-            return {}
-        return self.select.entry_buffers(self.site, self.store.entries())
+    def stages(self) -> tuple[Stage, ...]:
+        """The policies that work on rows before they are stored, in the order in which they do."""
+        every = (self.select, self.allocate, self.refine, self.merge)
+        return tuple(dict.fromkeys(stage for stage in every if stage is not None))
+
+    @property
+    def attention(self) -> Select | Merge | None:
+        """The policy that asks for the attention which entries get, decoded rows' included."""
+        asks = (self.select, self.merge)
+        return next((part for part in asks if part is not None and part.decay is not None), None)
+
+    @property
+    def numbers(self) -> dict[str, Buffer]:
+        """What is kept beside each entry, by name."""
+        names = dict.fromkeys(name for stage in self.stages for name in stage.numbers)
+        return {name: self.store.number(self.site, NUMBERS[name]) for name in names}
 
     @property
     def buffers(self) -> dict[str, Buffer]:
-        """All buffers of this site, those of its store first."""
-        return {**self.store.buffers(self.site), **self.entry_buffers}
+        """All buffers of this site: those of its store, of its entries, and of its stages."""
+        state = {name: buf for stage in self.stages for name, buf in stage.state(self.site).items()}
+        return {**self.store.buffers(self.site), **self.numbers, **state}
 
     @property
     def schedule(self) -> Schedule:
         """When this site is compacted."""
-        return Schedule(self.store, self.select)
+        measured = self.select is not None and self.select.measured
+        return Schedule(self.store, self.select, self.site.index if measured else None)
 
     @property
     def methods(self) -> str:
         """The names of the methods at this site."""
-        return " | ".join(
-            type(policy).__name__ for policy in (self.select, self.store) if policy is not None
-        )
+        return " | ".join(type(policy).__name__ for policy in (*self.stages, self.store))
 
     @property
     def rule(self) -> str:
         """The policies of this site, as they are typed."""
-        return " | ".join(
-            repr(policy) for policy in (self.select, self.store) if policy is not None
-        )
+        return " | ".join(map(repr, (*self.stages, self.store)))
 
 
 @dataclass(frozen=True)
@@ -135,24 +161,14 @@ def make_plan(policy: Policy, sites: tuple[Site, ...], *, strict: bool = True) -
 def _plan_site(policy: Policy, site: Site, sites: int, strict: bool) -> SitePlan:
     if isinstance(site.mask, Unproven):
         note = f"dense, the model computes the mask: {site.mask.reason}"
-        return SitePlan(site, MaskedDense(), None, note)
+        return SitePlan(site, MaskedDense(), note=note)
     if site.window is not None:
-        return SitePlan(
-            site,
-            WindowRing(site.window),
-            None,
-            f"the model sees {site.window} tokens: lossless ring",
-        )
-    parts = policy.for_site(site, sites).parts()
-    store = next((part for part in parts if isinstance(part, Store)), Full())
-    select = next((part for part in parts if isinstance(part, Select)), None)
-    unknown = [part for part in parts if not isinstance(part, (Store, Select))]
-    if unknown:
-        raise PolicyError(
-            f"{site.name}: {unknown[0]!r} plays a role that this version cannot compile"
-        )
-    for part in (store, select):
-        reason = None if part is None else part.constraint(site)
+        note = f"the model sees {site.window} tokens: lossless ring"
+        return SitePlan(site, WindowRing(site.window), note=note)
+    plan = _assign_roles(policy.for_site(site, sites), site)
+    reasons = [(part, part.constraint(site)) for part in (*plan.stages, plan.store)]
+    reasons += [(policy, _conflict(plan))]
+    for part, reason in reasons:
         if reason is None:
             continue
         if strict:
@@ -160,5 +176,48 @@ def _plan_site(policy: Policy, site: Site, sites: int, strict: bool) -> SitePlan
                 f"{site.name}: {part!r} does not fit: {reason} (strict=False keeps such sites "
                 "dense)"
             )
-        return SitePlan(site, Full(), None, f"dense: {reason}")
-    return SitePlan(site, store, select)
+        return SitePlan(site, Full(), note=f"dense: {reason}")
+    return plan
+
+
+def _assign_roles(policy: Policy, site: Site) -> SitePlan:
+    """Who plays which role at a site; what is left out is left as it is."""
+    parts = policy.parts()
+    store = next((part for part in parts if isinstance(part, Store)), Full())
+    select = next((part for part in parts if isinstance(part, Select)), None)
+    allocate = next((part for part in parts if isinstance(part, Allocate)), None)
+    refine = next((part for part in parts if isinstance(part, Refine)), None)
+    merge = next((part for part in parts if isinstance(part, Merge)), None)
+    unknown = [part for part in parts if not isinstance(part, (Store, Stage))]
+    if unknown:
+        raise PolicyError(
+            f"{site.name}: {unknown[0]!r} plays a role that this version cannot compile"
+        )
+    if refine is not None and select is None:
+        select = refine.alone()
+    for part in (allocate, merge):
+        if part is not None and select is None:
+            raise PolicyError(
+                f"{site.name}: {part!r} needs a policy that selects: H2O() | {part!r}, say"
+            )
+    ragged = allocate is not None or (select is not None and select.measured)
+    if ragged and isinstance(store, Full):
+        store = FlatDense()
+    return SitePlan(site, store, select, allocate, refine, merge)
+
+
+def _conflict(plan: SitePlan) -> str | None:
+    """Why the policies of a site cannot work together, or None."""
+    select, store, merge = plan.select, plan.store, plan.merge
+    if select is None:
+        return None
+    ragged = plan.allocate is not None or select.measured
+    if ragged and not store.ragged:
+        return f"heads that keep different numbers of tokens need a dense cache, not {store!r}"
+    if merge is not None and merge.votes and not store.biased:
+        return f"votes are added to scores, which attention over {store!r} cannot do"
+    if (plan.allocate is not None or plan.refine is not None) and select.score is None:
+        return f"{type(select).__name__} ranks no tokens: choose a method that scores them"
+    if (plan.allocate is not None or plan.refine is not None) and select.select != "select_top":
+        return f"{type(select).__name__} has a rule of its own for what stays"
+    return None

@@ -17,6 +17,10 @@ from kvfx.geometry import Site
 
 ROLES = ("allocate", "select", "refine", "merge", "store", "reuse")
 
+# what may be known about each entry besides its key and value; votes are the log of the number of
+# tokens that an entry stands for
+NUMBERS = {"score": torch.float32, "position": torch.int32, "votes": torch.float32}
+
 
 class Policy(ABC):
     """A published method as frozen data: it names ops, sizes buffers and fills attributes, and
@@ -59,7 +63,8 @@ class Store(Policy):
     `attributes()` are their keyword arguments. `rows` says how rows to write are named: by a
     `"keep"` mask [B, K, S], or by `"positions"` [B, S]. A `croppable` format can forget its newest
     entries; one that `compacts` closes gaps in place (`compact(keep, frequencies, *buffers)`),
-    others are loaded and stored anew.
+    others are loaded and stored anew. In a `ragged` format the heads of a row share their memory
+    and may hold different numbers of entries. A `biased` one adds the votes of entries to scores.
     """
 
     role: ClassVar[str] = "store"
@@ -68,10 +73,16 @@ class Store(Policy):
     croppable: ClassVar[bool] = False
     flushes: ClassVar[bool] = False
     compacts: ClassVar[bool] = False
+    ragged: ClassVar[bool] = False
+    biased: ClassVar[bool] = False
 
     @abstractmethod
     def buffers(self, site: Site) -> dict[str, Buffer]:
         """The buffers of `site`, in the order in which the ops of the room take them."""
+
+    def number(self, site: Site, dtype: torch.dtype) -> Buffer:
+        """A buffer of one number per entry, in the order of the entries."""
+        return Buffer((BATCH, site.kv_heads, self.entries()), dtype)
 
     def entries(self) -> Extent:
         """The most entries that buffers for `CAPACITY` hold: the length of what `load` returns."""
@@ -99,19 +110,52 @@ class Store(Policy):
         return None
 
 
-class Select(Policy):
+Attributes = dict[str, int | float | str | None]
+
+
+class Stage(Policy):
+    """A policy that works on rows before they are stored.
+
+    Its ops take the operands that their schemas name: the rows' `k`, `v` [B, K, T, D], `live`
+    [B, K, T], `position` [B, K, T] (None in a prompt, whose heads hold the same tokens), `score`,
+    `count` [B, K], `keep`, `target`, `weight`, `votes`; in a prompt also `q` [B, H, S, D],
+    `position_ids` [B, S] and the site's rotary `frequencies`; and the stage's own `state`.
+    """
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """What it has to know about each entry later: names of `NUMBERS`."""
+        return ()
+
+    def state(self, site: Site) -> dict[str, Buffer]:
+        """Buffers that belong to a conversation and not to its entries."""
+        del site
+        return {}
+
+    def constraint(self, site: Site) -> str | None:
+        """Why this method cannot work on the tokens of `site`, or None."""
+        del site
+        return None
+
+
+class Select(Stage):
     """Which tokens keep an entry: at most `kept(tokens)` per KV head, and `interval` more between
     two evictions.
 
     `select` names the op that chooses, `score` the op that ranks (None where position alone
     decides). With a `decay`, scores are attention: decoded rows add theirs to `decay` times what
-    was there before; without, they are computed anew from the entries. `pool` neighbours (mean or
-    max, by `pooling`) are ranked together. With `shared`, all KV heads keep the same tokens.
+    was there before; without, they are computed anew from the entries. `observe` names the op that
+    computes what else `score` needs, its `state`, from the queries of a prompt. `rank` names the op
+    that turns scores into ranks; `pool` neighbours (mean or max, by `pooling`) are ranked together.
+    With `shared`, all KV heads keep the same tokens. Where the data decide how many stay
+    (`measured`), there is no budget.
     """
 
     role: ClassVar[str] = "select"
     select: ClassVar[str]
     score: ClassVar[str | None] = None
+    observe: ClassVar[str | None] = None
+    rank: ClassVar[str | None] = None
     shared: ClassVar[bool] = False
     decay: ClassVar[float | None] = None
     pool: int = 1
@@ -120,22 +164,40 @@ class Select(Policy):
     interval: int
     positions: str
 
+    @property
+    def measured(self) -> bool:
+        """Whether only the data tell how many entries stay."""
+        return False
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The attention that entries got so far, where that ranks them."""
+        return () if self.decay is None else ("score",)
+
     @abstractmethod
-    def attributes(self) -> dict[str, int | float | str]:
+    def attributes(self) -> Attributes:
         """Keyword arguments of the `select` op."""
 
-    def score_attributes(self, site: Site) -> dict[str, int | float | str]:
+    def score_attributes(self, site: Site) -> Attributes:
         """Keyword arguments of the `score` op at `site`."""
         del site
         return {}
 
-    def entry_buffers(self, site: Site, entries: Extent) -> dict[str, Buffer]:
-        """Numbers kept beside each entry: `score`, where attention ranks and goes on being added
-        up.
+    def observe_attributes(self, site: Site) -> Attributes:
+        """Keyword arguments of the `observe` op at `site`."""
+        del site
+        return {}
+
+    def protected(self) -> Attributes:
+        """The rows that always stay: `sinks`, `recent`, and the `share` of the count that is for
+        the newest.
         """
-        if self.decay is None:
-            return {}
-        return {"score": Buffer((BATCH, site.kv_heads, entries), torch.float32)}
+        given = self.attributes()
+        return {
+            "sinks": given.get("sinks", 0),
+            "recent": given.get("recent", 0),
+            "share": given.get("share", 0.0),
+        }
 
     def least(self) -> int:
         """The smallest number of entries with which the method makes sense."""
@@ -146,15 +208,93 @@ class Select(Policy):
         wanted = self.budget if isinstance(self.budget, int) else math.ceil(self.budget * tokens)
         return max(wanted, self.least())
 
+    def keeps(self, rows: int, tokens: int) -> int:
+        """How many of `rows` rows stay when budgets refer to `tokens` tokens, per KV head."""
+        return min(rows, self.allowed(tokens))
+
     def kept(self, tokens: int) -> int:
         """Entries that are there per KV head after a prompt of `tokens` tokens."""
-        return min(tokens, self.allowed(tokens))
+        return self.keeps(tokens, tokens)
 
     def constraint(self, site: Site) -> str | None:
         """Why this method cannot choose among the tokens of `site`, or None."""
         if self.positions == "cache" and site.rope is None:
             return "no rotary embedding was matched: use positions='absolute'"
         return None
+
+
+class Allocate(Stage):
+    """How the entries that a row may keep are divided among its KV heads: `allocate` names the op.
+
+    It takes the score and the count of a uniform division.
+    """
+
+    role: ClassVar[str] = "allocate"
+    allocate: ClassVar[str]
+
+    @abstractmethod
+    def attributes(self, select: Select) -> Attributes:
+        """Keyword arguments of the `allocate` op, for what `select` keeps."""
+
+
+class Refine(Stage):
+    """Which other tokens stay in place of some that a select policy chose: `refine` names the op.
+
+    It takes the score and what was chosen, and keeps as many.
+    """
+
+    role: ClassVar[str] = "refine"
+    refine: ClassVar[str]
+
+    @abstractmethod
+    def attributes(self, select: Select) -> Attributes:
+        """Keyword arguments of the `refine` op, for what `select` chose."""
+
+    @abstractmethod
+    def alone(self) -> Select:
+        """What is refined where no select policy is named."""
+
+
+class Merge(Stage):
+    """Where the rows go that keep no entry of their own: `merge` names the op that returns new keys
+    and values.
+
+    `target` names the op that says into which row each row goes; a select policy that is a merge
+    policy as well may choose targets itself (None). `summed` are numbers that entries inherit from
+    all their rows. One that asks for attention names its `score` op and `decay`, for select
+    policies that do not. With `votes` they count as often as they stand for tokens. With `turned`,
+    keys are merged at the position of their target.
+    """
+
+    role: ClassVar[str] = "merge"
+    target: ClassVar[str | None] = None
+    merge: ClassVar[str]
+    score: ClassVar[str | None] = None
+    decay: ClassVar[float | None] = None
+    summed: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def votes(self) -> bool:
+        """Whether the score of an entry gains the log of the tokens that it stands for."""
+        return False
+
+    @property
+    def turned(self) -> bool:
+        """Whether keys are merged before rotation."""
+        return False
+
+    def score_attributes(self, site: Site) -> Attributes:
+        """Keyword arguments of the `score` op at `site`."""
+        del site
+        return {}
+
+    def target_attributes(self) -> Attributes:
+        """Keyword arguments of the `target` op."""
+        return {}
+
+    @abstractmethod
+    def merge_attributes(self, site: Site) -> Attributes:
+        """Keyword arguments of the `merge` op at `site`."""
 
 
 @dataclass(frozen=True)
@@ -226,3 +366,13 @@ def check_at_least(policy: str, field: str, value: int, least: int) -> None:
         raise PolicyError(
             f"{policy}({field}={value!r}): {field} must be an integer of at least {least}"
         )
+
+
+# leaves a site as it is
+KEEP_ALL = Composition(())
+
+
+def check_fraction(policy: str, field: str, value: object) -> None:
+    """Raise a PolicyError unless `value` is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise PolicyError(f"{policy}({field}={value!r}): {field} must be a number from 0 to 1")

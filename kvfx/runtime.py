@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config
 
+from kvfx.cache import CAPACITY
 from kvfx.cuda_graph import ReplayedStep
 from kvfx.errors import CapacityExceeded, InputError, UnsupportedOperation
+from kvfx.ops import overload
 from kvfx.plan import Plan, Schedule, SitePlan
 
 
@@ -21,7 +23,8 @@ class State:
 
     `columns` counts the columns of the token matrix read so far, padding included; `positions` [B]
     the next position of each row; `prompt_tokens` [B] the tokens that budgets refer to: those seen
-    when the last prompt ended.
+    when the last prompt ended. `measured` are the entries that sites without a budget held after
+    their last compression.
     """
 
     def __init__(self, plan: Plan, batch: int, max_length: int | None) -> None:
@@ -34,6 +37,7 @@ class State:
         self.entries: dict[Schedule, list[int]] = {
             site.schedule: [0] * batch for site in plan.sites
         }
+        self.measured: dict[Schedule, list[int]] = {}
         self.capacities = [0] * len(plan.sites)
         self.buffers: list[dict[str, Tensor]] = [{} for _ in plan.sites]
         self.moved = False
@@ -50,9 +54,12 @@ class State:
         """Bytes that the buffers occupy, as allocated."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
 
-    def admit(self, columns: int, tokens: Sequence[int], *, as_prompt: bool) -> None:
+    def admit(
+        self, columns: int, tokens: Sequence[int], prompt_tokens: Sequence[int] | None = None
+    ) -> None:
         """Make room for `columns` new rows of which `tokens` [B] are real; a first prompt is
-        compressed before it is stored.
+        compressed before it is stored. Rows of a prompt that ends at `prompt_tokens` [B] change
+        what budgets refer to.
         """
         first = self.columns == 0
         seen = [position + count for position, count in zip(self.positions, tokens, strict=True)]
@@ -66,14 +73,15 @@ class State:
                 "padded batches cannot be read: a site is dense under the model's own mask "
                 "(strict=False), which knows no padding: give one row, or rows of equal length"
             )
-        prompt_tokens = seen if as_prompt else self.prompt_tokens
+        budget = list(prompt_tokens or self.prompt_tokens)
         entries = {}
         for schedule, held in self.entries.items():
-            new = [schedule.kept(count) for count in tokens] if first else tokens
+            pairs = zip(tokens, budget, strict=True)
+            new = [schedule.kept(*pair) for pair in pairs] if first else tokens
             entries[schedule] = [old + count for old, count in zip(held, new, strict=True)]
         # buffers first: memory that runs out leaves the counts with what is stored
-        self._fit(entries, prompt_tokens, shrink=False)
-        self.entries, self.prompt_tokens, self.positions = entries, prompt_tokens, seen
+        self._fit(entries, budget, shrink=False)
+        self.entries, self.prompt_tokens, self.positions = entries, budget, seen
         self.columns += columns
 
     def due(self) -> bool:
@@ -81,15 +89,30 @@ class State:
         return any(
             schedule.due(count, tokens)
             for schedule, entries in self.entries.items()
-            for count, tokens in zip(entries, self.prompt_tokens, strict=True)
+            for count, tokens in zip(entries, self._budget(schedule), strict=True)
         )
 
     def compacted(self) -> None:
         """Account for a run of the compact program, and give back what a long prompt had needed."""
         for schedule, entries in self.entries.items():
-            pairs = zip(entries, self.prompt_tokens, strict=True)
+            pairs = zip(entries, self._budget(schedule), strict=True)
             self.entries[schedule] = [schedule.compacted(*pair) for pair in pairs]
+        self.measure()
         self._fit(self.entries, self.prompt_tokens, shrink=True)
+
+    def measure(self) -> None:
+        """Read back how many entries were kept where only the data tell, and give back the rest."""
+        for plan, buffers in zip(self.plan.sites, self.buffers, strict=True):
+            if plan.schedule.measured:
+                # heads share their memory: what counts is their mean
+                held = buffers["length"].double().mean(1).ceil().long().tolist()
+                self.entries[plan.schedule] = self.measured[plan.schedule] = held
+        if self.measured:
+            self._fit(self.entries, self.prompt_tokens, shrink=True)
+
+    def _budget(self, schedule: Schedule) -> Sequence[int]:
+        """The tokens that the budget of a schedule refers to."""
+        return self.measured.get(schedule, self.prompt_tokens)
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` columns; only for plans that keep every entry in
@@ -127,6 +150,9 @@ class State:
         self.entries = {
             key: [entries[row] for row in order] for key, entries in self.entries.items()
         }
+        self.measured = {
+            key: [entries[row] for row in order] for key, entries in self.measured.items()
+        }
         self.next_position = self.next_position.index_select(0, rows)
         self.history = self.history.index_select(0, rows)
         for index, buffers in enumerate(self.buffers):
@@ -138,7 +164,8 @@ class State:
     ) -> None:
         """Allocate or grow the buffers of every site; after an eviction, shrink them as well."""
         for index, plan in enumerate(self.plan.sites):
-            pairs = zip(entries[plan.schedule], tokens, strict=True)
+            budget = self.measured.get(plan.schedule, tokens)
+            pairs = zip(entries[plan.schedule], budget, strict=True)
             needed = max(plan.schedule.capacity(*pair) for pair in pairs)
             if needed > self.capacities[index] or (
                 shrink and plan.select is not None and needed < self.capacities[index]
@@ -146,11 +173,13 @@ class State:
                 self._resize(index, plan, needed)
 
     def _resize(self, index: int, plan: SitePlan, capacity: int) -> None:
-        old, site = self.buffers[index], plan.site
+        old, device = self.buffers[index], plan.site.device
+        if old and plan.store.ragged:
+            old = _spread(plan, old, capacity)
         new = {
             name: buffer.resize(old[name], self.batch, capacity)
             if old
-            else buffer.allocate(self.batch, capacity, site.device)
+            else buffer.allocate(self.batch, capacity, device)
             for name, buffer in plan.buffers.items()
         }
         self._replace(index, new)
@@ -165,7 +194,8 @@ class State:
 class Executor:
     """The compiled programs of a model: runs one step on a `State`.
 
-    `replays` says that decode steps are captured and replayed as CUDA graphs.
+    `replays` says that decode steps are captured and replayed as CUDA graphs. `chunk` is the most
+    rows of a prompt that are read at once.
     """
 
     def __init__(
@@ -174,8 +204,10 @@ class Executor:
         *,
         compiled: tuple[str, ...] = (),
         replays: bool = False,
+        chunk: int | None = None,
     ) -> None:
         self.programs = programs
+        self.chunk = chunk
         self.compiled = compiled
         self.replays = replays
 
@@ -190,10 +222,45 @@ class Executor:
         """Read S >= 1 rows, `tokens` [B] of them real (position -1: padding), into a cache: logits
         [B, L, V].
 
+        A prompt longer than `chunk` rows is read and compressed chunk by chunk.
+        """
+        rows, seen = input_ids.shape[1], state.positions
+        ends = [before + count for before, count in zip(seen, tokens, strict=True)]
+        step = rows if self.chunk is None else self.chunk
+        if rows <= step:
+            return self._read(state, input_ids, position_ids, logits_index, tokens, ends)
+        wanted, logits = logits_index.tolist(), {}
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            real = [max(0, last - max(first, rows - count)) for count in tokens]
+            # the last row stands in where no logits are asked for
+            index = [row for row in wanted if first <= row < last] or [last - 1]
+            part = self._read(
+                state,
+                input_ids[:, first:last],
+                position_ids[:, first:last],
+                logits_index.new_tensor(index) - first,
+                real,
+                ends,
+            )
+            logits.update(zip(index, part.unbind(1), strict=True))
+        return torch.stack([logits[row] for row in wanted], 1)
+
+    def _read(
+        self,
+        state: State,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        logits_index: Tensor,
+        tokens: Sequence[int],
+        ends: Sequence[int],
+    ) -> Tensor:
+        """Read one chunk of a prompt that ends at `ends` [B] tokens.
+
         Programs are compiled for two rows or more: a single one gets padding beside it.
         """
         program = "prefill" if state.columns == 0 else "extend"
-        state.admit(input_ids.shape[1], tokens, as_prompt=True)
+        state.admit(input_ids.shape[1], tokens, ends)
         seen = self._history(state, input_ids)
         if input_ids.shape[1] == 1 and not state.plan.masked:
             input_ids = torch.cat((input_ids, input_ids), 1)
@@ -209,12 +276,14 @@ class Executor:
             position_ids.amax(1, keepdim=True) + 1,
             out=state.next_position,
         )
+        if program == "prefill":
+            state.measure()
         self._compact(state)
         return logits
 
     def decode(self, state: State, input_ids: Tensor) -> Tensor:
         """Read one row [B, 1] that is nowhere padding: logits [B, 1, V]."""
-        state.admit(1, [1] * state.batch, as_prompt=False)
+        state.admit(1, [1] * state.batch)
         logits = self._replayed(state, input_ids) if self.replays else self._step(state, input_ids)
         state.next_position += 1
         self._compact(state)
@@ -263,6 +332,20 @@ class Executor:
 
     def _tokens(self, state: State) -> Tensor:
         return torch.tensor(state.prompt_tokens, device=state.next_position.device)
+
+
+def _spread(plan: SitePlan, old: dict[str, Tensor], capacity: int) -> dict[str, Tensor]:
+    """Buffers of heads that share their memory, with the room behind each head for `capacity`."""
+    slots = plan.site.kv_heads * capacity
+    source, start = overload("resize_flat", "reference")(old["start"], old["length"], slots)
+    moved = {"start": start}
+    for name, buffer in plan.buffers.items():
+        if buffer.shape[1] == plan.site.kv_heads * CAPACITY:
+            rows = old[name] if old[name].dim() == 3 else old[name][..., None]
+            index = source.clamp(min=0)[..., None].expand(-1, -1, rows.shape[2])
+            rows = rows.gather(1, index).masked_fill((source < 0)[..., None], 0)
+            moved[name] = rows.reshape(rows.shape[0], slots, *old[name].shape[2:])
+    return {**old, **moved}
 
 
 def _mark_fixed_axes(state: State) -> None:

@@ -1,56 +1,118 @@
-"""The stages of a policy as nodes: what ranks rows, how many stay, which ones, where keys go."""
+"""The stages of a policy as nodes: score, count, select, refine, merge, and what is then stored."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import fx
 
 from kvfx.emit import Emitter
-from kvfx.ops import overload
+
+aten = torch.ops.aten
 
 
-def score_rows(
-    emit: Emitter, q: fx.Node | None, k: fx.Node, v: fx.Node, live: fx.Node
-) -> fx.Node | None:
-    """What the select policy ranks rows by, or None where position decides."""
-    select = emit.plan.select
-    if select is None or select.score is None:
-        return None
-    # a score op takes those that its schema names
-    rows = {"q": q, "k": k, "v": v, "live": live}
-    named = [argument.name for argument in overload(select.score)._schema.arguments]
-    operands = [rows[name] for name in named if name in rows]
-    return emit.op(select.score, *operands, **select.score_attributes(emit.plan.site))
+@dataclass(frozen=True)
+class Rows:
+    """What stages work on: `k`, `v` [B, K, T, D] and which are `live` [B, K, T], in order of
+    position.
+
+    A prompt has queries `q` and counts positions from `position_ids`. Entries of a cache have none,
+    but numbers beside them, by name.
+    """
+
+    k: fx.Node | None
+    v: fx.Node | None
+    live: fx.Node
+    q: fx.Node | None
+    numbers: dict[str, fx.Node]
 
 
-def count_entries(emit: Emitter) -> fx.Node:
-    """Entries that each row and head may keep."""
-    select = emit.plan.select
-    assert select is not None
-    counted = isinstance(select.budget, int)
-    return emit.op(
-        "allocate_uniform",
-        emit.tokens,
-        kv_heads=emit.plan.site.kv_heads,
-        fraction=1.0 if counted else select.budget,
-        entries=select.budget if counted else 0,
-        least=select.least(),
-    )
+@dataclass(frozen=True)
+class Chosen:
+    """The rows that keep an entry, the attention they got, what ranked them, and into which row
+    each row goes (None: rows that are not kept are dropped).
+    """
+
+    keep: fx.Node
+    attention: fx.Node | None
+    rank: fx.Node | None
+    target: fx.Node | None
 
 
-def select_rows(
-    emit: Emitter, score: fx.Node | None, live: fx.Node, count: fx.Node | None
-) -> fx.Node:
-    """The rows that keep an entry: all live ones, or those that the select policy chooses."""
-    select = emit.plan.select
-    if select is None or count is None:
-        return live
-    if score is None:
-        return emit.op(select.select, live, count, **select.attributes())
-    if select.pool > 1:
-        score = emit.op("smooth", score, kernel=select.pool, mode=select.pooling)
-    if select.shared:
-        score = emit.op("share_heads", score)
-    return emit.op(select.select, score, live, count, **select.attributes())
+def compress_rows(emit: Emitter, rows: Rows, *, interval: int | None = None) -> Chosen:
+    """Decide which rows stay. With an `interval`, rows of the batch wait until they hold so many
+    entries more than they may.
+    """
+    plan, select = emit.plan, emit.plan.select
+    if select is None:
+        return Chosen(rows.live, None, None, None)
+    attention = attention_of(emit, rows)
+    rank = _ranks(emit, rows, attention)
+    count = _count(emit, rows.live, interval)
+    known = {**_operands(emit, rows), "score": rank, "count": count}
+    if plan.allocate is not None:
+        allocated = emit.named(plan.allocate.allocate, known, plan.allocate.attributes(select))
+        known["count"] = allocated
+    chosen = emit.named(select.select, known, select.attributes())
+    if plan.merge is select and plan.merge.target is None:
+        return Chosen(emit.op("lead_rows", chosen), attention, rank, chosen)
+    if plan.refine is not None:
+        known["keep"] = chosen
+        chosen = emit.named(plan.refine.refine, known, plan.refine.attributes(select))
+    target = None
+    if plan.merge is not None and plan.merge.target is not None:
+        known["keep"] = chosen
+        target = emit.named(plan.merge.target, known, plan.merge.target_attributes())
+    return Chosen(chosen, attention, rank, target)
+
+
+def attention_of(emit: Emitter, rows: Rows) -> fx.Node | None:
+    """The attention [B, K, T] that rows got so far, where a policy asks for it."""
+    asks = emit.plan.attention
+    if asks is None or "score" in rows.numbers:
+        return rows.numbers.get("score")
+    assert asks.score is not None
+    return emit.named(asks.score, _operands(emit, rows), asks.score_attributes(emit.plan.site))
+
+
+def merge_rows(emit: Emitter, rows: Rows, chosen: Chosen) -> tuple[fx.Node, fx.Node]:
+    """Keys and values [B, K, T, D] in which the chosen rows took in what goes into them."""
+    k, v, merge = rows.k, rows.v, emit.plan.merge
+    assert k is not None
+    assert v is not None
+    if merge is None:
+        return k, v
+    if merge.turned:
+        assert chosen.target is not None
+        shift = emit.op("target_shift", chosen.target, _positions(emit, rows))
+        k = turn(emit, k, shift)
+    known = {
+        **_operands(emit, rows),
+        "k": k,
+        "keep": chosen.keep,
+        "target": chosen.target,
+        "score": chosen.attention,
+        "weight": chosen.rank,
+    }
+    merged = emit.named(merge.merge, known, merge.merge_attributes(emit.plan.site))
+    return emit.item(merged, 0), emit.item(merged, 1)
+
+
+def numbers_of(emit: Emitter, rows: Rows, chosen: Chosen) -> dict[str, fx.Node]:
+    """What is to be known about each chosen row, [B, K, T] by name."""
+    merge, target = emit.plan.merge, chosen.target
+    out = {}
+    for name in emit.plan.numbers:
+        summed = merge is not None and name in merge.summed
+        if name == "votes":
+            assert target is not None
+            out[name] = emit.op("merge_votes", target, rows.numbers.get("votes"))
+            continue
+        number = _positions(emit, rows) if name == "position" else chosen.attention
+        assert number is not None
+        out[name] = emit.op("merge_numbers", number, target) if summed else number
+    return out
 
 
 def rotate_to_entries(
@@ -63,9 +125,89 @@ def rotate_to_entries(
     """Queries and keys rotated from their position to their entry's index, if the policy says
     so.
     """
-    select, rope = emit.plan.select, emit.plan.site.rope
-    if select is None or rope is None or select.positions == "absolute":
+    if not moves_keys(emit):
         return rows
     shift = emit.op("entry_shift", keep, position_ids, length)
-    turn = emit.frequencies()
-    return tuple(emit.op("rotate", x, shift, turn, style=rope.style) for x in rows)
+    return tuple(turn(emit, x, shift) for x in rows)
+
+
+def moves_keys(emit: Emitter) -> bool:
+    """Whether keys are rotated to the index of their entry."""
+    select = emit.plan.select
+    return select is not None and select.positions == "cache" and emit.plan.site.rope is not None
+
+
+def turn(emit: Emitter, x: fx.Node, shift: fx.Node) -> fx.Node:
+    """Queries or keys x [B, H, T, D] rotated by `shift` positions [B, H, T]."""
+    rope = emit.plan.site.rope
+    assert rope is not None
+    return emit.op("rotate", x, shift, emit.frequencies(), style=rope.style)
+
+
+def _operands(emit: Emitter, rows: Rows) -> dict[str, fx.Node | None]:
+    """What ops of the stages may ask for by name."""
+    state = {
+        name: emit.inputs[name]
+        for stage in emit.plan.stages
+        for name in stage.state(emit.plan.site)
+    }
+    return {
+        "k": rows.k,
+        "v": rows.v,
+        "live": rows.live,
+        "q": rows.q,
+        "position": rows.numbers.get("position"),
+        "votes": rows.numbers.get("votes"),
+        **state,
+    }
+
+
+def _ranks(emit: Emitter, rows: Rows, attention: fx.Node | None) -> fx.Node | None:
+    """What the select policy ranks rows by, as its rule compares them; None where position
+    decides.
+    """
+    select, site = emit.plan.select, emit.plan.site
+    assert select is not None
+    if select.score is None:
+        return None
+    known = {**_operands(emit, rows), "score": attention}
+    if select.observe is not None and rows.q is not None:
+        known |= {"position_ids": emit.position_ids, "frequencies": emit.frequencies()}
+        seen = emit.named(select.observe, known, select.observe_attributes(site))
+        for index, name in enumerate(select.state(site)):
+            known[name] = emit.item(seen, index)
+            emit.call(aten.copy_.default, emit.inputs[name], known[name])
+    score = attention
+    if select.decay is None:
+        score = emit.named(select.score, known, select.score_attributes(site))
+    if select.rank is not None:
+        score = emit.named(select.rank, known, {})
+    if select.pool > 1:
+        score = emit.op("smooth", score, kernel=select.pool, mode=select.pooling)
+    return emit.op("share_heads", score) if select.shared else score
+
+
+def _count(emit: Emitter, live: fx.Node, interval: int | None) -> fx.Node:
+    """Entries that each row and head may keep."""
+    select = emit.plan.select
+    assert select is not None
+    counted = isinstance(select.budget, int)
+    count = emit.op(
+        "allocate_uniform",
+        emit.tokens,
+        kv_heads=emit.plan.site.kv_heads,
+        fraction=1.0 if counted else select.budget,
+        entries=select.budget if counted else 0,
+        least=select.least(),
+    )
+    if interval is None:
+        return count
+    # a row that has not reached its limit waits, whatever its neighbours do
+    return emit.op("hold_back", live, count, interval=interval)
+
+
+def _positions(emit: Emitter, rows: Rows) -> fx.Node:
+    """The position of each row [B, K, T]."""
+    if "position" in rows.numbers:
+        return rows.numbers["position"]
+    return emit.op("position_rows", emit.position_ids, kv_heads=emit.plan.site.kv_heads)

@@ -14,7 +14,15 @@ from kvfx.graph import Graph, Level, call, operand, replace
 from kvfx.pass_manager import Pass, Statistics
 from kvfx.plan import Plan
 from kvfx.provenance import Stamp, origin
-from kvfx.stages import count_entries, rotate_to_entries, score_rows, select_rows
+from kvfx.stages import (
+    Rows,
+    attention_of,
+    compress_rows,
+    merge_rows,
+    moves_keys,
+    numbers_of,
+    rotate_to_entries,
+)
 
 aten = torch.ops.aten
 
@@ -25,11 +33,12 @@ class InsertCache(Pass):
 
     Before:   o = kvfx.attention(q, k, v, None, position_ids)
     prefill:  o = kvfx.attend_prompt(q, k, v, position_ids)
-              keep = kvfx.select(kvfx.score(q, k, v), ...);  kvfx.store(k, v, keep, *buffers)
+              keep = kvfx.select(kvfx.score(q, k, v), ...);  k, v = kvfx.merge(k, v, keep, ...)
+              kvfx.store(k, v, keep, *buffers)
     extend:   o = kvfx.extend(q, k, v, position_ids, *buffers);  kvfx.store(k, v, live, *buffers)
     decode:   kvfx.append(k, v, live, *buffers);  o = kvfx.attend(q, position_ids, *buffers)
     compact:  (the model is gone)  kvfx.flush(*buffers),  or select, kvfx.compact(keep, *buffers),
-              or load, select, zero the counters, store
+              or load, select, merge, zero the counters, store
     """
 
     plan: Plan
@@ -71,42 +80,48 @@ class InsertCache(Pass):
 def _prefill(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
     site, positions = emit.plan.site, emit.position_ids
     out = emit.op("attend_prompt", q, k, v, positions, scale=site.scale, window=site.window)
-    live = emit.live()
-    score = score_rows(emit, q, k, v, live)
-    keep = select_rows(emit, score, live, None if emit.plan.select is None else count_entries(emit))
-    if "score" in emit.inputs:
-        emit.op("store_entries", score, keep, emit.length, emit.inputs["score"])
-    k = rotate_to_entries(emit, (k,), keep, positions, None)[0]
-    emit.room("store", k, v, emit.rows(keep))
+    rows = Rows(k, v, emit.live(), q, {})
+    chosen = compress_rows(emit, rows)
+    numbers = numbers_of(emit, rows, chosen)
+    k, v = merge_rows(emit, rows, chosen)
+    k = rotate_to_entries(emit, (k,), chosen.keep, positions, None)[0]
+    _store(emit, k, v, chosen.keep, numbers)
     return out
 
 
 def _extend(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
     live = emit.live()
     q, k = rotate_to_entries(emit, (q, k), live, emit.position_ids, emit.length)
-    out = emit.room("extend", q, k, v, emit.position_ids, scale=emit.plan.site.scale)
-    if "score" in emit.inputs:
-        loaded = emit.room("load")
-        past = [emit.call(_item, loaded, index) for index in range(3)]
-        every = [
-            emit.call(aten.cat.default, [old, new], 2)
-            for old, new in zip(past, (k, v, live), strict=True)
-        ]
-        score = score_rows(emit, q, *every)
-        emit.op("extend_entries", score, live, emit.length, emit.inputs["score"])
+    site = emit.plan.site
+    out = emit.room("extend", q, k, v, emit.position_ids, scale=site.scale, **_bias(emit))
+    if "score" in emit.plan.numbers:
+        emit.write("extend", "score", _turn_scores(emit, q, k, v, live), live)
+    if "position" in emit.plan.numbers:
+        place = emit.op("position_rows", emit.position_ids, kv_heads=site.kv_heads)
+        emit.write("store", "position", place, live)
     emit.room("store", k, v, emit.rows(live))
     return out
 
 
 def _decode(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
-    live = emit.live()
+    live, site, attention = emit.live(), emit.plan.site, emit.plan.attention
     q, k = rotate_to_entries(emit, (q, k), live, emit.position_ids, emit.length)
+    if "position" in emit.plan.numbers:
+        place = emit.op("position_rows", emit.position_ids, kv_heads=site.kv_heads)
+        emit.write("append", "position", place, live)
     emit.room("append", k, v, emit.rows(live))
-    scale, select = emit.plan.site.scale, emit.plan.select
-    if select is None or select.decay is None:
-        return emit.room("attend", q, emit.position_ids, scale=scale)
-    score = emit.inputs["score"]
-    return emit.room("attend_scored", q, emit.position_ids, score, scale=scale, decay=select.decay)
+    if attention is None:
+        return emit.room("attend", q, emit.position_ids, scale=site.scale, **_bias(emit))
+    score, decay = emit.inputs["score"], attention.decay
+    return emit.room(
+        "attend_scored",
+        q,
+        emit.position_ids,
+        score,
+        scale=site.scale,
+        decay=decay,
+        **_bias(emit),
+    )
 
 
 def _masked(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node) -> fx.Node:
@@ -117,33 +132,78 @@ def _masked(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node) ->
 
 
 def _compact(emit: Emitter) -> None:
-    if emit.plan.select is None:
-        if emit.plan.store.flushes:
+    store, select, merge = emit.plan.store, emit.plan.select, emit.plan.merge
+    if select is None:
+        if store.flushes:
             emit.room("flush")
         return
-    store, select = emit.plan.store, emit.plan.select
-    if store.compacts:
-        k, v = emit.inputs["k_cache"], emit.inputs["v_cache"]
-        live = emit.op("live_entries", k, emit.length)
-    else:
-        loaded = emit.room("load")
-        k, v, live = (emit.call(_item, loaded, index) for index in range(3))
-    score = emit.inputs.get("score") or score_rows(emit, None, k, v, live)
-    # a row that has not reached its limit waits, whatever its neighbours do
-    count = emit.op("hold_back", live, count_entries(emit), interval=select.interval)
-    keep = select_rows(emit, score, live, count)
-    if "score" in emit.inputs:
-        emit.op("compact_entries", keep, emit.inputs["score"])
-    if store.compacts:
-        rope = emit.plan.site.rope if select.positions == "cache" else None
-        turn = None if rope is None else emit.frequencies()
-        emit.room("compact", keep, turn, style="half" if rope is None else rope.style)
+    in_place = store.compacts and merge is None
+    rows = _held_rows(emit, in_place=in_place)
+    chosen = compress_rows(emit, rows, interval=select.interval)
+    if in_place:
+        starts = emit.counts if store.ragged else ()
+        for name in emit.plan.numbers:
+            emit.op(f"compact_entries{emit.suffix}", chosen.keep, *starts, emit.inputs[name])
+        rope = emit.plan.site.rope if moves_keys(emit) else None
+        angles = None if rope is None else emit.frequencies()
+        emit.room("compact", chosen.keep, angles, style="half" if rope is None else rope.style)
         return
-    k = rotate_to_entries(emit, (k,), keep, None, None)[0]
-    for name, layout in store.buffers(emit.plan.site).items():
-        if layout.counter:
+    numbers = numbers_of(emit, rows, chosen)
+    k, v = merge_rows(emit, rows, chosen)
+    k = rotate_to_entries(emit, (k,), chosen.keep, None, None)[0]
+    for name, buffer in emit.plan.buffers.items():
+        if buffer.counter or name in numbers:
             emit.call(aten.zero_.default, emit.inputs[name])
-    emit.room("store", k, v, keep)
+    _store(emit, k, v, chosen.keep, numbers)
+
+
+def _held_rows(emit: Emitter, *, in_place: bool) -> Rows:
+    """The entries of the cache as rows [B, K, C, D] with the numbers beside them."""
+    store, select = emit.plan.store, emit.plan.select
+    numbers = {name: _number(emit, name, in_place=in_place) for name in emit.plan.numbers}
+    if store.ragged and in_place and select is not None and select.decay is not None:
+        # keys are not looked at: no rectangular copy of them
+        live = emit.op("live_entries_flat", emit.inputs["k_flat"], *emit.counts)
+        return Rows(None, None, live, None, numbers)
+    if in_place and not store.ragged:
+        k, v = emit.inputs["k_cache"], emit.inputs["v_cache"]
+        return Rows(k, v, emit.op("live_entries", k, emit.length), None, numbers)
+    loaded = emit.room("load")
+    k, v, live = (emit.item(loaded, index) for index in range(3))
+    return Rows(k, v, live, None, numbers)
+
+
+def _number(emit: Emitter, name: str, *, in_place: bool) -> fx.Node:
+    """Numbers beside entries as [B, K, C]; a copy where the buffer is about to be rewritten."""
+    if emit.plan.store.ragged:
+        return emit.op("load_entries_flat", emit.inputs[name], *emit.counts)
+    number = emit.inputs[name]
+    return number if in_place else emit.call(aten.clone.default, number)
+
+
+def _turn_scores(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node, live: fx.Node) -> fx.Node:
+    """The attention that the rows of a turn give to all entries and to themselves."""
+    loaded = emit.room("load")
+    every = [
+        emit.call(aten.cat.default, [emit.item(loaded, index), new], 2)
+        for index, new in enumerate((k, v, live))
+    ]
+    return attention_of(emit, Rows(every[0], every[1], every[2], q, {}))
+
+
+def _store(
+    emit: Emitter, k: fx.Node, v: fx.Node, keep: fx.Node, numbers: dict[str, fx.Node]
+) -> None:
+    """Write chosen rows and what is known about them."""
+    for name, number in numbers.items():
+        emit.write("store", name, number, keep)
+    emit.room("store", k, v, emit.rows(keep))
+
+
+def _bias(emit: Emitter) -> dict[str, fx.Node]:
+    """What is added to scores: the log of the tokens that an entry stands for."""
+    merge = emit.plan.merge
+    return {"bias": emit.inputs["votes"]} if merge is not None and merge.votes else {}
 
 
 PROGRAMS: dict[str, Callable[[Emitter, fx.Node, fx.Node, fx.Node], fx.Node]] = {
@@ -151,10 +211,6 @@ PROGRAMS: dict[str, Callable[[Emitter, fx.Node, fx.Node, fx.Node], fx.Node]] = {
     "extend": _extend,
     "decode": _decode,
 }
-
-
-def _item(values: tuple[object, ...], index: int) -> object:
-    return values[index]
 
 
 def _attentions(graph: Graph) -> dict[str, fx.Node]:

@@ -11,8 +11,13 @@ def live_rows(position_ids: Tensor, kv_heads: int) -> Tensor:
     return (position_ids >= 0)[:, None].expand(-1, kv_heads, -1)
 
 
+def position_rows(position_ids: Tensor, kv_heads: int) -> Tensor:
+    """The position of each row, for every KV head: position_ids [B, S] -> [B, K, S]."""
+    return position_ids[:, None].expand(-1, kv_heads, -1)
+
+
 def live_entries(cache: Tensor, length: Tensor) -> Tensor:
-    """Entries of cache [B, K, C, D] that are live, length [B, K] of them: [B, K, C] bool."""
+    """Entries of cache [B, K, C, ...] that are live, length [B, K] of them: [B, K, C] bool."""
     return torch.arange(cache.shape[2], device=cache.device) < length[..., None]
 
 

@@ -97,7 +97,7 @@ def output(q: Tensor, v: Tensor) -> Tensor:
 def attend_entries(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, rules: Rules, *, scale: float,
     length: Tensor | None, q_position: Tensor, position: Tensor | None = None,
-    bias: Tensor | None = None, scores: Tensor | None = None,
+    bias: Tensor | None = None, scores: Tensor | None = None, start: Tensor | None = None,
     own: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention [B, H, S, Dv] of q [B, H, S, D] over a cache and, where given, over the rows' own
@@ -110,6 +110,7 @@ def attend_entries(
     attend_parts(
         q, k_cache, v_cache, partial, stats, rules, first=0, parts=parts, scale=scale,
         length=length, q_position=q_position, position=position, bias=bias, scores=scores,
+        start=start,
     )  # fmt: skip
     if own is None:
         out = q.new_empty(*q.shape[:3], v_cache.shape[3])
@@ -134,6 +135,7 @@ def attend_parts(
     q: Tensor, k: Tensor, v: Tensor, partial: Tensor, stats: Tensor, rules: Rules, *,
     first: int, parts: int, scale: float, length: Tensor | None, q_position: Tensor,
     position: Tensor | None = None, bias: Tensor | None = None, scores: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write the parts `first` to `first + parts` of the attention of q [B, H, S, D] over k, v.
 
@@ -142,7 +144,8 @@ def attend_parts(
     [B, S] sees entries at positions `0 <= p <= q_position` inside window and chunk; without
     `position`, an entry is at the position of its index. Rows at a negative q_position see nothing.
     `bias` [B, K, T] is added to scores. scores [B, H, T] fp32 get the scores (base 2) of the only
-    row.
+    row. Where `start` [B, K] is given, heads share their T entries (their stride is 0): those of a
+    head lie from there on, here, in position and in bias, and scores are [B, H / K, T].
     """
     q, k, v = (launch.with_adjacent_channels(x) for x in (q, k, v))
     batch, heads, rows, width = q.shape
@@ -155,11 +158,12 @@ def attend_parts(
     positioned = position is not None or rules.positioned
     launch.run(
         attend_kernel, (blocks * parts, batch * kv_heads),
-        q, k, v, partial, stats, length, q_position, position, bias, rules.slopes, scores,
+        q, k, v, partial, stats, length, start, q_position, position, bias, rules.slopes, scores,
         scale * LOG2E, rules.softcap or None, rules.window, rules.chunk,
         q.stride(0), q.stride(1), q.stride(2),
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
-        q_position.stride(0), *_strides(position), *_strides(bias), kv_heads, rows, entries, first, parts, stats.shape[1],
+        q_position.stride(0), *_strides(position), *_strides(bias),
+        kv_heads, rows, entries, first, parts, stats.shape[1],
         REPEAT=repeat, WIDTH=width, VALUE_WIDTH=v.shape[3], POSITIONED=positioned,
         BLOCK_M=block, BLOCK_N=tile, STAGES=stages,
         BLOCK_D=max(16, triton.next_power_of_2(width)),
@@ -178,7 +182,7 @@ def _strides(x: Tensor | None) -> tuple[int, int]:
 
 @triton.jit
 def attend_kernel(
-    q, k, v, partial, stats, length, q_position, position, bias, slopes, scores,
+    q, k, v, partial, stats, length, start, q_position, position, bias, slopes, scores,
     scale, softcap, window, chunk,
     q_batch, q_head, q_row, k_batch, k_head, k_entry, v_batch, v_head, v_entry,
     asked_batch, position_batch, position_head, bias_batch, bias_head,
@@ -214,6 +218,14 @@ def attend_kernel(
     high = tl.minimum(low + each, tiles)
     k_at = k + batch * k_batch + kv_head * k_head
     v_at = v + batch * v_batch + kv_head * v_head
+    if start is not None:
+        begin = tl.load(start + batch * kv_heads + kv_head).to(tl.int64)
+        k_at += begin * k_entry
+        v_at += begin * v_entry
+        if position is not None:
+            position += begin
+        if bias is not None:
+            bias += begin
     m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
@@ -227,9 +239,7 @@ def attend_kernel(
         score = dot(query, tl.trans(key), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale
         if softcap is not None:
             # tanh(x) = 1 - 2 / (e^2x + 1), in base 2; the cap is a logit
-            score = (
-                softcap * IN_BASE_2 * (1.0 - 2.0 / (tl.exp2(2.0 * score / softcap) + 1.0))
-            )
+            score = softcap * IN_BASE_2 * (1.0 - 2.0 / (tl.exp2(2.0 * score / softcap) + 1.0))
         seen = reads[:, None] & there[None, :]
         if POSITIONED:
             held = tile * BLOCK_N + at_n
@@ -251,7 +261,10 @@ def attend_kernel(
             score += (tl.load(bias_at, mask=there, other=0.0) * IN_BASE_2)[None, :]
         score = tl.where(seen, score, float("-inf"))
         if scores is not None:
-            at = scores + (batch * kv_heads * REPEAT + head)[:, None] * entries + entry[None, :]
+            line, slot = batch * kv_heads * REPEAT + head, entry
+            if start is not None:
+                line, slot = batch * REPEAT + at_m % REPEAT, begin + entry
+            at = scores + line[:, None] * entries + slot[None, :]
             tl.store(at, score, mask=inside[:, None] & there[None, :])
         best = tl.maximum(m, tl.max(score, 1))
         # -inf minus -inf is no number

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kvfx.kernels.common.rotation import rotate
-from kvfx.kernels.common.rows import entry_shift, kept_first
+from kvfx.kernels.common.rows import entry_shift, kept_first, live_entries
 
 
 def compact(
@@ -24,7 +23,7 @@ def compact(
     keep [B, K, C] bool counts where an entry is live. With `frequencies` [W / 2], keys turn by how
     far they move: `style` is that of the rope room. What lies beyond the new length is garbage.
     """
-    keep = keep & (torch.arange(keep.shape[2], device=keep.device) < length[..., None])
+    keep = keep & live_entries(k_cache, length)
     if frequencies is not None:
         shift = entry_shift(keep, None, None)
         k_cache.copy_(rotate(k_cache, shift, frequencies, style))

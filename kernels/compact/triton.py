@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfx.errors import UnsupportedShape
 from kvfx.kernels.common import launch
+from kvfx.kernels.common.rows import live_entries
 from kvfx.kernels.compact.configs import Config, config
 
 STYLES = ("half", "interleaved")
@@ -49,8 +49,7 @@ def compact(
     them. With `frequencies` [W / 2], keys turn by how far they move.
     """
     reason = constraint("compact", keep, frequencies, k_cache, v_cache, length, style=style)
-    if reason is not None:
-        raise UnsupportedShape(f"compact: {reason}")
+    launch.require("compact_dense", reason)
     chosen = config(launch.machine(k_cache.device).arch)
     straight = k_cache
     if frequencies is not None and frequencies.shape[0] > 0:
@@ -59,8 +58,7 @@ def compact(
     for cache in (straight, v_cache):
         if cache.numel() > 0:
             _move(keep, cache, length, chosen)
-    live = torch.arange(keep.shape[2], device=keep.device) < length[..., None]
-    length.copy_((keep & live).sum(2))
+    length.copy_((keep & live_entries(k_cache, length)).sum(2))
 
 
 def _move(keep: Tensor, cache: Tensor, length: Tensor, chosen: Config) -> None:

@@ -17,7 +17,7 @@ from kvfx.kernels.common.attention import (
     step_scores,
     step_sum,
 )
-from kvfx.kernels.common.rows import kept_first
+from kvfx.kernels.common.rows import kept_first, live_entries
 
 
 def store(
@@ -65,8 +65,7 @@ def attend(
     """
     rules = Rules(slopes, sinks, softcap, window, chunk)
     if rules.plain and not rules.positioned and bias is None:
-        live = torch.arange(k_cache.shape[2], device=q.device) < length[..., None]
-        return attend_step(q, k_cache, v_cache, live, scale)
+        return attend_step(q, k_cache, v_cache, live_entries(k_cache, length), scale)
     return _weighed(q, position_ids, k_cache, v_cache, length, position, bias, scale, rules)[0]
 
 
@@ -93,8 +92,8 @@ def _weighed(
     position: Tensor | None, bias: Tensor | None, scale: float, rules: Rules,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The attention of one row and its weights [B, K, H / K, C], under any rules."""
+    live = live_entries(k_cache, length)
     entry = torch.arange(k_cache.shape[2], device=q.device)
-    live = entry < length[..., None]
     held = entry[None, None] if position is None else position.long()
     asked = position_ids[:, None]
     if rules.positioned or position is not None:
@@ -114,15 +113,13 @@ def extend(
     S, Dv]. The optional operands are those of `attend`.
     """
     rules = Rules(slopes, sinks, softcap, window, chunk)
-    entry = torch.arange(k_cache.shape[2], device=q.device)
-    live = entry < length[..., None]
+    live = live_entries(k_cache, length)
     held = position
     if rules.positioned and position is None:
-        held = entry.expand(q.shape[0], 1, -1)
+        held = torch.arange(k_cache.shape[2], device=q.device).expand(q.shape[0], 1, -1)
     return attend_rows(q, k, v, position_ids, k_cache, v_cache, live, scale, rules, held, bias)
 
 
 def load(k_cache: Tensor, v_cache: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Copies of the entries, k and v [B, K, C, D], and which of them are live [B, K, C] bool."""
-    live = torch.arange(k_cache.shape[2], device=k_cache.device) < length[..., None]
-    return k_cache.clone(), v_cache.clone(), live
+    return k_cache.clone(), v_cache.clone(), live_entries(k_cache, length)

@@ -1,7 +1,7 @@
 """What is known about each entry besides its key and value: numbers that move as entries do.
 
-`entries` [B, K, C] fp32 holds one number per entry, in the order of the cache; beyond the live
-length it is zero.
+`entries` [B, K, C] holds one number per entry, in the order of the cache and of any dtype (scores
+fp32, positions int32); beyond the live length it is zero.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvfx.kernels.common.rows import kept_first
+from kvfx.kernels.common.rows import kept_first, live_entries
 
 
 def store(x: Tensor, keep: Tensor, length: Tensor, entries: Tensor) -> None:
@@ -24,21 +24,31 @@ def store(x: Tensor, keep: Tensor, length: Tensor, entries: Tensor) -> None:
     entries.copy_(torch.where(here, x.gather(2, row), entries))
 
 
+def append(x: Tensor, keep: Tensor, length: Tensor, entries: Tensor) -> None:
+    """Write the number x [B, K, 1] of one row behind the live ones, if it is kept; length [B, K] is
+    that before the row is stored.
+    """
+    b = torch.arange(x.shape[0], device=x.device)[:, None]
+    h = torch.arange(x.shape[1], device=x.device)
+    # what is not kept lies beyond the live length, where numbers are zero
+    number = torch.where(keep, x, 0).to(entries.dtype)[..., 0]
+    entries.index_put_((b, h, length.long()), number)
+
+
 def extend(x: Tensor, keep: Tensor, length: Tensor, entries: Tensor) -> None:
     """Add the first C numbers of x [B, K, C + S] to what live entries have, and store the others,
     those of new rows.
     """
     capacity = entries.shape[2]
-    live = torch.arange(capacity, device=x.device) < length[..., None]
-    entries.add_(x[..., :capacity].masked_fill(~live, 0.0))
+    live = live_entries(entries, length)
+    entries.add_(x[..., :capacity].masked_fill(~live, 0))
     store(x[..., capacity:], keep, length, entries)
 
 
 def compact(keep: Tensor, entries: Tensor) -> None:
     """Move the numbers of kept entries, keep [B, K, C] bool, to the front; zeros follow."""
     order, count = kept_first(keep)
-    kept = torch.arange(entries.shape[2], device=keep.device) < count[..., None]
-    entries.copy_(torch.where(kept, entries.gather(2, order), 0.0))
+    entries.copy_(entries.gather(2, order).masked_fill(~live_entries(entries, count), 0))
 
 
 def share_heads(score: Tensor) -> Tensor:

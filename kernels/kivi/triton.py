@@ -6,11 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
-from kvfx.errors import UnsupportedShape
 from kvfx.kernels.common import launch
+from kvfx.kernels.common.accumulate import accumulate
 from kvfx.kernels.common.attention import PLAIN
 from kvfx.kernels.common.combine import LOG2E, combine
-from kvfx.kernels.common.rows import kept_first
+from kvfx.kernels.common.rows import kept_first, live_entries
 from kvfx.kernels.common.split_attention import attend_own, output, refusal
 from kvfx.kernels.kivi.layout import Entries, Planes, quantized_of, schedule
 from kvfx.kernels.kivi.triton_split import attend_cache
@@ -25,11 +25,15 @@ from kvfx.kernels.kivi.triton_store import (
 # rows that one program copies
 ROWS = 16
 LEAST_WIDTH, WIDEST = 32, 256
+# operands that stand before the buffers
+BEFORE = {
+    "store": 3, "append": 3, "attend": 2, "attend_scored": 3, "extend": 4, "flush": 0, "load": 0,
+}  # fmt: skip
 
 
 def constraint(verb: str, *operands: Tensor, **attributes: object) -> str | None:
     """Why Triton cannot serve these operands, or None."""
-    before = {"store": 3, "append": 3, "attend": 2, "extend": 4, "flush": 0, "load": 0}[verb]
+    before = BEFORE[verb]
     has = Entries(*operands[before:])
     reason = refusal(has.k_residual)
     if reason is not None:
@@ -148,6 +152,26 @@ def attend(
     return out
 
 
+def attend_scored(
+    q: Tensor, position_ids: Tensor, score: Tensor, *buffers: Tensor, scale: float,
+    k_bits: int, v_bits: int, group_size: int, residual: int, rule: str, decay: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """What `attend` returns; score [B, K, T] fp32 becomes `decay` times itself plus the weights
+    that the entries get.
+    """
+    del residual
+    _check("attend_scored", q, position_ids, score, *buffers, group_size=group_size)
+    has = Entries(*buffers)
+    scores = torch.empty(*q.shape[:2], score.shape[2], dtype=torch.float32, device=q.device)
+    partial, stats = attend_cache(
+        q, None, has, scale * LOG2E, k_bits, v_bits, group_size, rule, more=0, scores=scores
+    )
+    out = q.new_empty(*q.shape[:3], partial.shape[2])
+    lse = combine(partial, stats, out)
+    accumulate(scores, lse, has.length, score, decay)
+    return out
+
+
 def extend(
     q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor, *buffers: Tensor, scale: float,
     k_bits: int, v_bits: int, group_size: int, residual: int, rule: str,
@@ -189,14 +213,11 @@ def load(
             PLANES=Planes(bits, width, group_size).planes, BLOCK_N=ROWS,
             BLOCK_D=triton.next_power_of_2(width), warps=4, stages=1,
         )  # fmt: skip
-    live = torch.arange(size, device=has.length.device) < has.length[..., None]
-    return out[0], out[1], live
+    return out[0], out[1], live_entries(out[0], has.length)
 
 
 def _check(verb: str, *operands: Tensor, group_size: int) -> None:
-    reason = constraint(verb, *operands, group_size=group_size)
-    if reason is not None:
-        raise UnsupportedShape(f"{verb}_kivi: {reason}")
+    launch.require(f"{verb}_kivi", constraint(verb, *operands, group_size=group_size))
 
 
 def _tile(width: int, group_size: int, bits: int) -> dict[str, int]:

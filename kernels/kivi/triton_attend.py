@@ -13,6 +13,7 @@ from kvfx.kernels.kivi.triton_loop import attend_codes
 def attend_kernel(
     q, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, k_residual, v_residual,
     length, k_quantized, v_quantized, q_position, offsets, partial, stats,
+    scores, entries_of_head,
     scale, q_batch, q_head, q_row, kv_heads, rows, tiles, k_ring, v_ring, parts, all_parts,
     REPEAT: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, GROUP: tl.constexpr,
     K_BITS: tl.constexpr, K_PLANES: tl.constexpr, K_ASM: tl.constexpr,
@@ -42,6 +43,9 @@ def attend_kernel(
     partial += first * VALUE_WIDTH
     stats += first * 2
     out = (head * rows + row) * all_parts
+    if scores is not None:
+        # where the scores of a head are
+        scores += (bh * REPEAT + head) * entries_of_head
     live = tl.load(length + bh)
     k_coded, v_coded = tl.load(k_quantized + bh), tl.load(v_quantized + bh)
     k_codes += bh * tiles * (GROUP * WIDTH // (16 // K_BITS))
@@ -62,7 +66,7 @@ def attend_kernel(
             program = bh * tl.num_programs(0) + tl.program_id(0)
             attend_codes(
                 q_at, inside, reads, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros,
-                offsets + program * CHUNK * BLOCK_M, partial, stats, out,
+                offsets + program * CHUNK * BLOCK_M, partial, stats, out, scores,
                 (part - TAILS) * each, tl.minimum((part - TAILS + 1) * each, steps), scale, at_m,
                 NARROW, EXACT, WIDTH, VALUE_WIDTH, GROUP, K_BITS, K_PLANES, K_ASM,
                 V_BITS, V_PLANES, V_ASM, BLOCK_M, PACK, BLOCKS, CHUNK, STAGES,
@@ -76,7 +80,7 @@ def attend_kernel(
         attend_tokens(
             q_at, inside, reads, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros,
             k_residual, v_residual, k_coded, v_coded, k_ring, v_ring,
-            partial, stats, out, low, high, scale,
+            partial, stats, out, scores, low, high, scale,
             EXACT, MIXED, WIDTH, VALUE_WIDTH, GROUP, K_BITS, K_PLANES, V_BITS, V_PLANES,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
@@ -86,7 +90,7 @@ def attend_kernel(
 def attend_tokens(
     q_at, inside, reads, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros,
     k_residual, v_residual, k_coded, v_coded, k_ring, v_ring,
-    partial, stats, out, low, high, scale,
+    partial, stats, out, scores, low, high, scale,
     EXACT: tl.constexpr, MIXED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     GROUP: tl.constexpr, K_BITS: tl.constexpr, K_PLANES: tl.constexpr,
     V_BITS: tl.constexpr, V_PLANES: tl.constexpr,
@@ -109,6 +113,9 @@ def attend_tokens(
         )  # fmt: skip
         score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         score = tl.where(reads[:, None] & (token < high)[None, :], score, float("-inf"))
+        if scores is not None:
+            there = inside[:, None] & (token < high)[None, :]
+            tl.store(scores[:, None] + token[None, :], score, mask=there)
         best = tl.maximum(m, tl.max(score, 1))
         # -inf minus -inf is no number
         base = tl.where(best == float("-inf"), 0.0, best)

@@ -32,7 +32,7 @@ UNIT = tl.constexpr(2.0**24)
 @triton.jit
 def attend_codes(
     q_at, inside, reads, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, offsets,
-    partial, stats, out, first, last, scale, at_m,
+    partial, stats, out, scores_of_heads, first, last, scale, at_m,
     NARROW: tl.constexpr, EXACT: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, GROUP: tl.constexpr,
     K_BITS: tl.constexpr, K_PLANES: tl.constexpr, K_ASM: tl.constexpr,
@@ -117,6 +117,11 @@ def attend_codes(
                     codes = codes + unpack(word, V_BITS, V_PLANES, V_ASM)
                 for u in tl.static_range(V_PARTS):
                     score = scores[block * V_PARTS + u]
+                    if scores_of_heads is not None:
+                        token = (tile + at_vr // V_ROWS) * GROUP + u * V_ROWS + at_vr % V_ROWS
+                        at = by_head(scores_of_heads, NARROW) + by_token(token, NARROW)
+                        raw = score * by_head(factor, NARROW)
+                        tl.store(at, raw, mask=by_head(inside, NARROW))
                     weight = tl.exp2(score * by_head(factor, NARROW) - by_head(top, NARROW))
                     weights += weight
                     if BY_PRODUCT:

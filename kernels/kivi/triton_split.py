@@ -29,10 +29,12 @@ RESIDENT = 3
 def attend_cache(
     q: Tensor, position_ids: Tensor | None, has: Entries, scale: float,
     k_bits: int, v_bits: int, group_size: int, rule: str, *, more: int,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The parts of attention of q [B, H, S, D] over the live entries, with room for `more`.
 
     `scale` gives scores in base 2. Rows at a negative position (None: there are none) see nothing.
+    `scores` [B, H, T] fp32 get the scores of the only row.
     """
     batch, heads, rows, width = q.shape
     kv_heads, tiles = has.k_codes.shape[1:3]
@@ -61,6 +63,7 @@ def attend_cache(
     launch.run(
         attend_kernel, (blocks * parts, batch * kv_heads),
         q, *has, None if position_ids is None else position_ids.contiguous(), zeros, partial, stats,
+        scores, None if scores is None else scores.shape[2],
         scale, q.stride(0), q.stride(1), q.stride(2), kv_heads, rows, tiles,
         has.k_residual.shape[2], has.v_residual.shape[2], parts, stats.shape[1],
         REPEAT=repeat, WIDTH=width, VALUE_WIDTH=value_width, GROUP=group_size,

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvfx.kernels.common.rotation import rotate
+
 # query rows whose weights exist at once
 BLOCK = 128
 
@@ -62,3 +64,73 @@ def key_difference(k: Tensor, live: Tensor) -> Tensor:
     direction = F.normalize(k.float().masked_fill(~live[..., None], 0.0), dim=-1)
     mean = direction.sum(2, keepdim=True) / live.sum(2)[..., None, None].clamp(min=1)
     return -(direction * F.normalize(mean, dim=-1)).sum(-1)
+
+
+def average(score: Tensor, live: Tensor, position: Tensor | None) -> Tensor:
+    """Accumulated attention, score [B, K, T], per row that saw the token (WeightedKV): those from
+    its own position [B, K, T] (None: its rank among live rows) to the newest one.
+    """
+    own = live.long().cumsum(-1) - 1 if position is None else position.long()
+    newest = own.masked_fill(~live, -1).amax(-1, keepdim=True)
+    saw = (newest - own + 1).masked_fill(~live, 1)
+    return (score / saw).masked_fill(~live, 0.0)
+
+
+def query_statistics(
+    q: Tensor, position_ids: Tensor, frequencies: Tensor, *, style: str, sinks: int, future: int
+) -> tuple[Tensor, Tensor]:
+    """What the next `future` rows will ask, as far as q [B, H, S, D] tells: the mean [B, H, D] and
+    covariance [B, H, D, D] of queries, fp32 (Expected Attention).
+
+    They are those of q before its rotation, over rows at position_ids [B, S] from `sinks` on (all
+    rows but padding, where there is none), turned by the mean rotation of the future positions.
+    """
+    asked = position_ids >= 0
+    late = position_ids >= max(sinks, 0)
+    rows = torch.where(late.any(1, keepdim=True), late, asked)[:, None, :, None]
+    back = -position_ids[:, None]
+    q = rotate(q.float(), back, frequencies, style).masked_fill(~rows, 0.0)
+    number = rows.sum(2).clamp(min=1)
+    mean = q.sum(2) / number
+    apart = (q - mean[:, :, None]).masked_fill(~rows, 0.0)
+    covariance = apart.mT @ apart / number[..., None]
+
+    # R(next + i) = R(next) R(i), and the mean of R(i) is the same for all rows of the batch
+    width = q.shape[3]
+    unit = torch.eye(width, device=q.device).expand(1, future, -1, -1)
+    shift = torch.arange(future, device=q.device)[None, :, None].expand(1, -1, width)
+    turn = rotate(unit, shift, frequencies, style).mean(1)
+    following = position_ids.amax(1)[:, None, None] + 1
+    mean = rotate((mean @ turn)[:, :, None], following, frequencies, style)[:, :, 0]
+    covariance = turn.mT @ covariance @ turn
+    for _ in range(2):
+        following_rows = following.expand(-1, -1, width)
+        covariance = rotate(covariance, following_rows, frequencies, style).mT
+    return mean, covariance
+
+
+def expected(
+    mean: Tensor, covariance: Tensor, k: Tensor, v: Tensor, live: Tensor, *,
+    scale: float, epsilon: float, spread: bool, value_norm: bool,
+) -> Tensor:  # fmt: skip
+    """The attention that normally distributed queries give to each row, [B, K, T] fp32 (Expected
+    Attention), for their mean [B, H, D] and covariance [B, H, D, D], k [B, K, T, D], v [B, K, T,
+    Dv].
+
+    Averaged over the query heads of a KV head. `spread` takes the covariance into account;
+    with `value_norm`, `epsilon` is added and the length of the row's value multiplied.
+    """
+    kv_heads = k.shape[1]
+    mean, covariance = (x.float().unflatten(1, (kv_heads, -1)) for x in (mean, covariance))
+    logits = []
+    for keys in k.float().masked_fill(~live[..., None], 0.0).split(BLOCK, 2):
+        logit = scale * torch.einsum("bktd,bkmd->bkmt", keys, mean)
+        if spread:
+            turned = torch.einsum("bktd,bkmde->bkmte", keys, covariance)
+            logit += scale**2 / 2 * torch.einsum("bkmte,bkte->bkmt", turned, keys)
+        logits.append(logit)
+    logit = torch.cat(logits, 3).masked_fill(~live[:, :, None], float("-inf"))
+    score = logit.softmax(3).mean(2)
+    if value_norm:
+        score = (score + epsilon) * v.float().norm(dim=-1)
+    return score.masked_fill(~live, 0.0)

@@ -6,7 +6,6 @@ import torch
 import triton
 from torch import Tensor
 
-from kvfx.errors import UnsupportedShape
 from kvfx.kernels.common import launch
 from kvfx.kernels.common.combine import LOG2E
 from kvfx.kernels.scores.configs import config
@@ -36,7 +35,7 @@ def window(q: Tensor, k: Tensor, live: Tensor, *, scale: float, window: int) -> 
     """The attention that the last `window` rows give to each row: [B, K, T] fp32, for q [B, H, S,
     D], k [B, K, T, D]; summed over rows, averaged over the query heads of a KV head.
     """
-    _check("window", constraint("window", q, k, live, scale=scale, window=window))
+    launch.require("score_window", constraint("window", q, k, live, scale=scale, window=window))
     first = max(k.shape[2] - q.shape[2], k.shape[2] - window)
     return _received(q, k, live, scale, first, k.shape[1] / q.shape[1])
 
@@ -45,13 +44,8 @@ def columns(q: Tensor, k: Tensor, live: Tensor, *, scale: float) -> Tensor:
     """The attention that all rows of q give to each row: [B, K, T] fp32, for q [B, H, S, D], k [B,
     K, T, D]; summed over rows and over the query heads of a KV head.
     """
-    _check("columns", constraint("columns", q, k, live, scale=scale))
+    launch.require("score_columns", constraint("columns", q, k, live, scale=scale))
     return _received(q, k, live, scale, k.shape[2] - q.shape[2], 1.0)
-
-
-def _check(verb: str, reason: str | None) -> None:
-    if reason is not None:
-        raise UnsupportedShape(f"{verb}: {reason}")
 
 
 def _received(

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfx.errors import UnsupportedShape
 from kvfx.kernels.common import launch
 
 # rows that a program reads at once, and loads in flight while it counts
@@ -35,9 +34,7 @@ def select_top(
     count, then those of largest score [B, K, T]; equal scores prefer the smaller index, NaN is the
     smallest score.
     """
-    reason = constraint("select_top", score)
-    if reason is not None:
-        raise UnsupportedShape(f"select_top: {reason}")
+    launch.require("select_top", constraint("select_top", score))
     batch, kv_heads, rows = score.shape
     keep = torch.empty(score.shape, dtype=torch.bool, device=score.device)
     keys = torch.empty(score.shape, dtype=torch.int32, device=score.device)

@@ -165,10 +165,10 @@ def _generator(
 def _fill_state(state: State, ids: Tensor) -> None:
     """Let the buffers hold random entries, as many as the policy keeps of a prompt."""
     batch, tokens = ids.shape
-    state.admit(tokens, [tokens] * batch, as_prompt=True)
+    state.admit(tokens, [tokens] * batch, [tokens] * batch)
     for plan, buffers in zip(state.plan.sites, state.buffers, strict=True):
         site, store = plan.site, plan.store
-        kept = plan.schedule.kept(tokens)
+        kept = plan.schedule.kept(tokens, tokens)
         keep = torch.ones(1, site.kv_heads, kept, dtype=torch.bool, device=ids.device)
         positions = torch.arange(kept, device=ids.device)[None]
         write = overload(f"store_{store.room}", "reference")

@@ -5,16 +5,24 @@ from __future__ import annotations
 import difflib
 
 from kvfx.errors import PolicyError
+from kvfx.policies.ada_kv import AdaKV
+from kvfx.policies.cam import CaM
+from kvfx.policies.chunk_kv import ChunkKV
+from kvfx.policies.d2o import D2O
+from kvfx.policies.expected_attention import ExpectedAttention
 from kvfx.policies.full import Full
 from kvfx.policies.h2o import H2O
 from kvfx.policies.key_diff import KeyDiff
 from kvfx.policies.kivi import KIVI
 from kvfx.policies.knorm import KNorm
+from kvfx.policies.kv_crush import KVCrush
+from kvfx.policies.kv_merger import KVMerger
 from kvfx.policies.parse import parse_policy
 from kvfx.policies.per_layer import PerLayer
 from kvfx.policies.snapkv import SnapKV
 from kvfx.policies.streaming_llm import StreamingLLM
 from kvfx.policies.tova import TOVA
+from kvfx.policies.weighted_kv import WeightedKV
 from kvfx.policies.window_ring import WindowRing
 from kvfx.policy import Policy
 
@@ -27,6 +35,14 @@ METHODS: tuple[type[Policy], ...] = (
     TOVA,
     KeyDiff,
     KNorm,
+    ExpectedAttention,
+    ChunkKV,
+    KVCrush,
+    AdaKV,
+    KVMerger,
+    CaM,
+    D2O,
+    WeightedKV,
     PerLayer,
 )
 
@@ -41,21 +57,34 @@ PRESETS: dict[str, Policy] = {
     "h2o-20%": H2O(budget=0.2),
     "snapkv-25%": SnapKV(budget=0.25),
     "keydiff-25%": KeyDiff(budget=0.25),
+    "expected-25%": ExpectedAttention(budget=0.25),
+    "chunkkv-25%": ChunkKV(budget=0.25),
+    "snapkv-25%|kvcrush": SnapKV(budget=0.25) | KVCrush(),
+    "snapkv-25%|adakv": SnapKV(budget=0.25) | AdaKV(),
+    "kvmerger-50%": KVMerger(budget=0.5),
     "streaming-25%|k8v4": StreamingLLM(budget=0.25) | KIVI(k_bits=8, v_bits=4),
 }
 
 __all__ = [
+    "D2O",
     "H2O",
     "KIVI",
     "METHODS",
     "PRESETS",
     "TOVA",
+    "AdaKV",
+    "CaM",
+    "ChunkKV",
+    "ExpectedAttention",
     "Full",
     "KNorm",
+    "KVCrush",
+    "KVMerger",
     "KeyDiff",
     "PerLayer",
     "SnapKV",
     "StreamingLLM",
+    "WeightedKV",
     "WindowRing",
     "policy_named",
 ]

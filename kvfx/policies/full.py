@@ -21,6 +21,7 @@ class Full(Store):
     room: ClassVar[str] = "dense"
     croppable: ClassVar[bool] = True
     compacts: ClassVar[bool] = True
+    biased: ClassVar[bool] = True
 
     def buffers(self, site: Site) -> dict[str, Buffer]:
         """k and v [B, K, C, D] and the live length [B, K]."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
-from kvfx.policy import Select, check_at_least, check_budget, check_choice
+from kvfx.policy import Attributes, Select, check_at_least, check_budget, check_choice
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class H2O(Select):
         check_at_least("H2O", "interval", self.interval, 1)
         check_choice("H2O", "positions", self.positions, ("cache", "absolute"))
 
-    def attributes(self) -> dict[str, int | float | str]:
+    def attributes(self) -> Attributes:
         """The share of the newest."""
         return {"sinks": 0, "recent": 0, "share": self.recent}
 
-    def score_attributes(self, site: Site) -> dict[str, int | float | str]:
+    def score_attributes(self, site: Site) -> Attributes:
         """The scale of the site's scores."""
         return {"scale": site.scale}

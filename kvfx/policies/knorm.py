@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvfx.policy import Select, check_at_least, check_budget, check_choice
+from kvfx.policy import Attributes, Select, check_at_least, check_budget, check_choice
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class KNorm(Select):
             check_at_least("KNorm", field, getattr(self, field), least)
         check_choice("KNorm", "positions", self.positions, ("cache", "absolute"))
 
-    def attributes(self) -> dict[str, int | float | str]:
+    def attributes(self) -> Attributes:
         """The protected tokens."""
         return {"sinks": self.sinks, "recent": self.recent}
 

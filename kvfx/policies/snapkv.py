@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
-from kvfx.policy import Select, check_at_least, check_budget, check_choice
+from kvfx.policy import Attributes, Select, check_at_least, check_budget, check_choice
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class SnapKV(Select):
         check_choice("SnapKV", "pooling", self.pooling, ("mean", "max"))
         check_choice("SnapKV", "positions", self.positions, ("cache", "absolute"))
 
-    def attributes(self) -> dict[str, int | float | str]:
+    def attributes(self) -> Attributes:
         """The window always stays."""
         return {"sinks": 0, "recent": self.window}
 
-    def score_attributes(self, site: Site) -> dict[str, int | float | str]:
+    def score_attributes(self, site: Site) -> Attributes:
         """The scale of the site's scores, and the rows that look."""
         return {"scale": site.scale, "window": self.window}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvfx.policy import Select, check_at_least, check_budget, check_choice
+from kvfx.policy import Attributes, Select, check_at_least, check_budget, check_choice
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StreamingLLM(Select):
         check_at_least("StreamingLLM", "interval", self.interval, 1)
         check_choice("StreamingLLM", "positions", self.positions, ("cache", "absolute"))
 
-    def attributes(self) -> dict[str, int | float | str]:
+    def attributes(self) -> Attributes:
         """The number of sinks."""
         return {"sinks": self.sinks}
 

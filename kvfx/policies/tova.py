@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvfx.geometry import Site
-from kvfx.policy import Select, check_at_least, check_budget, check_choice
+from kvfx.policy import Attributes, Select, check_at_least, check_budget, check_choice
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class TOVA(Select):
         check_at_least("TOVA", "interval", self.interval, 1)
         check_choice("TOVA", "positions", self.positions, ("cache", "absolute"))
 
-    def attributes(self) -> dict[str, int | float | str]:
+    def attributes(self) -> Attributes:
         """The newest token stays."""
         return {"sinks": 0, "recent": 1}
 
-    def score_attributes(self, site: Site) -> dict[str, int | float | str]:
+    def score_attributes(self, site: Site) -> Attributes:
         """The scale of the site's scores; one row looks."""
         return {"scale": site.scale, "window": 1}

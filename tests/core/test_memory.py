@@ -47,7 +47,7 @@ SITES = (site(0), site(1, kv_heads=1), site(2, mask=Window(100)), site(3, head_d
 def test_bytes_are_what_is_allocated(name, batch, length):
     plan = make_plan(POLICIES[name], SITES)
     state = State(plan, batch, None)
-    state.admit(length, [length] * batch, as_prompt=True)
+    state.admit(length, [length] * batch, [length] * batch)
     assert state.nbytes() == memory_bytes(plan, batch, length)
     assert state.nbytes() == sum(t.numel() * t.element_size() for t in state.tensors())
 
@@ -57,7 +57,7 @@ def test_the_formula_gives_the_same(name, batch, length):
     plan = make_plan(POLICIES[name], SITES)
     schedules = list(dict.fromkeys(part.schedule for part in plan.sites))
     capacities = {
-        f"capacity_{index}": schedule.capacity(schedule.kept(length), length)
+        f"capacity_{index}": schedule.capacity(schedule.kept(length, length), length)
         for index, schedule in enumerate(schedules)
     }
     values = {"batch": batch, **capacities}

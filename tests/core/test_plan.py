@@ -112,7 +112,7 @@ def test_a_ring_forgets_and_cannot_be_cropped():
 
 def test_eviction_is_due_at_budget_plus_interval():
     schedule = Schedule(Full(), StreamingLLM(budget=0.25, interval=16))
-    assert schedule.kept(100) == 25
+    assert schedule.kept(100, 100) == 25
     assert [n for n in range(60) if schedule.due(n, 100)] == list(range(41, 60))
     assert schedule.capacity(25, 100) == schedule.capacity(40, 100) == 41
 
@@ -120,7 +120,7 @@ def test_eviction_is_due_at_budget_plus_interval():
 def test_a_small_count_is_not_lowered_by_a_short_prompt():
     # 3 tokens were read, 7 entries are asked for: later tokens fill them up
     schedule = Schedule(Full(), StreamingLLM(budget=7, interval=16))
-    assert schedule.kept(3) == 3
+    assert schedule.kept(3, 3) == 3
     assert [n for n in range(30) if schedule.due(n, 3)] == list(range(23, 30))
 
 

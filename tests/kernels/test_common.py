@@ -15,7 +15,7 @@ from kvfx.kernels.common.attention import (
     rows_outermost,
     visible,
 )
-from kvfx.kernels.common.rows import entry_shift, kept_first, live_rows
+from kvfx.kernels.common.rows import entry_shift, kept_first, live_rows, position_rows
 
 POSITIONS = st.lists(st.integers(-1, 12), min_size=1, max_size=8)
 
@@ -40,6 +40,13 @@ def test_kept_first(keep):
 def test_live_rows():
     live = live_rows(torch.tensor([[-1, 0, 1], [4, 5, 6]]), 2)
     assert live.tolist() == [[[False, True, True]] * 2, [[True] * 3] * 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_position_rows(dtype):
+    rows = position_rows(torch.tensor([[-1, 0, 1], [4, 5, 6]], dtype=dtype), 2)
+    assert rows.tolist() == [[[-1, 0, 1]] * 2, [[4, 5, 6]] * 2]
+    assert rows.dtype == dtype
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(0, 5), st.integers(0, 9))

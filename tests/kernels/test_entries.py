@@ -61,6 +61,41 @@ def test_a_turn_adds_to_old_entries_and_brings_its_own():
             )
 
 
+def test_one_row_is_appended():
+    """Numbers follow a row of a step as they follow those of a prompt; what is not kept is NaN."""
+    cache, numbers = empty()
+    store(torch.rand(2, 3, 5), torch.rand(2, 3, 5) < 0.7, cache, numbers)
+    for _ in range(9):
+        keep = torch.rand(2, 3, 1) < 0.6
+        x = torch.rand(2, 3, 1).masked_fill(~keep, float("nan"))
+        entries.append(x, keep, cache[2], numbers)
+        dense.append(x[..., None], x[..., None], keep, *cache)
+        assert_together(cache, numbers)
+
+
+def test_positions_are_numbers_too():
+    """Integers beyond what fp32 can tell apart stay as they are, from rows of another dtype."""
+    first, length = 2**24 + 1, torch.tensor([[0, 2]], dtype=torch.int32)
+    numbers = torch.zeros(1, 2, 7, dtype=torch.int32)
+    numbers[0, 1, :2] = torch.tensor([5, 6])
+    rows = torch.arange(first, first + 3).expand(1, 2, -1)
+    keep = torch.tensor([[[True, False, True], [True, True, True]]])
+    entries.store(rows, keep, length, numbers)
+    length += torch.tensor([[2, 3]])
+    entries.append(rows[..., :1] + 9, torch.tensor([[[True], [False]]]), length, numbers)
+    length += torch.tensor([[1, 0]])
+    held = [[first, first + 2, first + 9], [5, 6, first, first + 1, first + 2]]
+    assert numbers.tolist() == [[row + [0] * (7 - len(row)) for row in held]]
+    keep = torch.arange(7) < length[..., None]
+    keep[..., 0] = False
+    entries.compact(keep, numbers)
+    assert numbers.tolist() == [[row[1:] + [0] * (8 - len(row)) for row in held]]
+    more = torch.ones(1, 2, 8, dtype=torch.int32)
+    entries.extend(more, torch.zeros(1, 2, 1, dtype=torch.bool), length - 1, numbers)
+    assert numbers.tolist() == [[[x + 1 for x in row[1:]] + [0] * (8 - len(row)) for row in held]]
+    assert numbers.dtype == torch.int32
+
+
 def test_heads_share_their_mean():
     score = torch.rand(2, 3, 5)
     assert torch.allclose(entries.share_heads(score)[:, 2], score.mean(1))

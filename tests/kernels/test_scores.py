@@ -137,6 +137,120 @@ def test_a_decode_row_continues_the_columns():
         torch.testing.assert_close(score, whole, rtol=1e-4, atol=1e-5)
 
 
+def test_average_divides_by_the_rows_that_saw_a_token():
+    q, k, live = prompt(2, 1, 21, 16, torch.float32)
+    received = reference.columns(q, k, live, scale=SCALE)
+    found = reference.average(received, live, None)
+    for row, padding in enumerate((0, 10, 21)):
+        saw = torch.arange(21 - padding, 0, -1, device=DEVICE)
+        torch.testing.assert_close(found[row, :, padding:], received[row, :, padding:] / saw)
+        assert not found[row, :, :padding].any()
+
+
+def test_average_by_position():
+    """What was evicted saw its successors, too; beyond the live length is garbage."""
+    nan = float("nan")
+    score = torch.tensor([[[8.0, 6.0, 3.0, nan], [nan, nan, nan, nan]]], device=DEVICE)
+    live = torch.tensor([[[True, True, True, False], [False] * 4]], device=DEVICE)
+    position = torch.tensor([[[1, 3, 8, 99], [7, 7, 7, 7]]], dtype=torch.int32, device=DEVICE)
+    found = reference.average(score, live, position)
+    assert found.tolist() == [[[1.0, 1.0, 3.0, 0.0], [0.0] * 4]]
+
+
+STYLES = ("half", "interleaved")
+FREQUENCIES = torch.tensor([1.0, 0.4, 0.03], device=DEVICE)
+FUTURE = 5
+
+
+def turned(x: Tensor, position: Tensor, style: str) -> Tensor:
+    """x [..., D] turned by positions that its axes broadcast with, pair by pair, in fp64."""
+    out = x.double().clone()
+    for pair, frequency in enumerate(FREQUENCIES.double()):
+        a, b = (pair, pair + 3) if style == "half" else (2 * pair, 2 * pair + 1)
+        cos, sin = (position * frequency).cos(), (position * frequency).sin()
+        out[..., a] = x[..., a].double() * cos - x[..., b].double() * sin
+        out[..., b] = x[..., b].double() * cos + x[..., a].double() * sin
+    return out
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("sinks", [0, 4, 100])
+def test_query_statistics(style, sinks):
+    """Against mean and covariance of turned samples; the last two channels are not rotated."""
+    plain = torch.randn(3, 4, 30, 8, device=DEVICE) + 1.0
+    padding = torch.tensor([[0], [7], [30]], device=DEVICE)
+    position = (torch.arange(30, device=DEVICE) - padding).clamp(min=-1)
+    q = turned(plain, position[:, None], style).float()
+    q = q.masked_fill((position < 0)[:, None, :, None], float("nan"))
+    mean, covariance = reference.query_statistics(
+        q, position, FREQUENCIES, style=style, sinks=sinks, future=FUTURE
+    )
+    for row in range(2):
+        real = position[row] >= 0
+        rows = plain[row, :, position[row] >= sinks] if sinks < 30 else plain[row, :, real]
+        ahead = torch.arange(FUTURE, device=DEVICE) + position[row].max() + 1
+        unit = torch.eye(8, dtype=torch.float64, device=DEVICE).expand(FUTURE, -1, -1)
+        turn = turned(unit, ahead[:, None], style).mean(0)
+        apart = rows.double() - rows.double().mean(1, keepdim=True)
+        spread = apart.mT @ apart / rows.shape[1]
+        near = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
+        torch.testing.assert_close(mean[row], rows.double().mean(1) @ turn, **near)
+        torch.testing.assert_close(covariance[row], turn.mT @ spread @ turn, **near)
+    assert mean.dtype == covariance.dtype == torch.float32
+    # a row of nothing but padding asks nothing
+    assert not mean[2].any()
+    assert not covariance[2].any()
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_expected_attention_of_one_query_is_its_softmax(style):
+    """Without spread, and for the next position only: the weights that the mean query gives."""
+    plain, k = torch.randn(2, 4, 1, 8, device=DEVICE), torch.randn(2, 2, 19, 8, device=DEVICE)
+    position = torch.full((2, 19), -1, device=DEVICE)
+    position[0], position[1, 3:] = torch.arange(19), torch.arange(16)
+    live = (position >= 0)[:, None].expand(-1, 2, -1)
+    # all queries are alike before they are turned
+    q = turned(plain.expand(-1, -1, 19, -1), position[:, None], style).float()
+    keys = turned(k, position[:, None], style).float().masked_fill(~live[..., None], float("nan"))
+    mean, covariance = reference.query_statistics(
+        q, position, FREQUENCIES, style=style, sinks=4, future=1
+    )
+    knobs = {"scale": SCALE, "epsilon": 0.25}
+    score = reference.expected(
+        mean, covariance, keys, keys, live, **knobs, spread=False, value_norm=False
+    )
+    new = turned(plain, position.amax(1)[:, None, None] + 1, style)[:, :, 0]
+    logits = torch.einsum(
+        "bkmd,bktd->bkmt", new.unflatten(1, (2, 2)), turned(k, position[:, None], style)
+    )
+    logits = (logits * SCALE).masked_fill(~live[:, :, None], float("-inf"))
+    expected = logits.softmax(-1).mean(2).float()
+    torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-6)
+    # the covariance of equal queries is nothing but rounding
+    spread = reference.expected(
+        mean, covariance, keys, keys, live, **knobs, spread=True, value_norm=True
+    )
+    length = keys.norm(dim=-1).nan_to_num(0.0)
+    torch.testing.assert_close(spread, (expected + 0.25) * length, rtol=1e-4, atol=1e-6)
+
+
+def test_expected_attention_of_normal_queries():
+    """Against the mean exponential of a million samples: E[exp(q . k)] in closed form."""
+    torch.manual_seed(0)
+    samples, k = 1_000_000, torch.randn(1, 1, 7, 4, device=DEVICE)
+    root, mean = torch.randn(2, 4, 4, device=DEVICE) / 2, torch.randn(2, 4, device=DEVICE)
+    q = mean[:, None] + torch.randn(2, samples, 4, device=DEVICE) @ root.mT
+    weight = torch.einsum("msd,td->mst", q, k[0, 0]).mul(SCALE).exp().double().mean(1)
+    expected = (weight / weight.sum(-1, keepdim=True)).mean(0)
+    live = torch.ones(1, 1, 7, dtype=torch.bool, device=DEVICE)
+    score = reference.expected(
+        mean[None], (root @ root.mT)[None], k, k, live,
+        scale=SCALE, epsilon=0.0, spread=True, value_norm=False,
+    )  # fmt: skip
+    # the exponent's deviation is near 1: a sample mean is known to 2 / sqrt(samples), five times
+    torch.testing.assert_close(score[0, 0].double(), expected, rtol=1e-2, atol=0.0)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from kvfx.testing.offline import TARGETS, Built, Note, build, count, launches
 
-ROOMS = ("dense", "kivi", "scores", "compact", "select")
+ROOMS = ("dense", "flat", "kivi", "scores", "compact", "select", "crush", "merge")
 # kernels that any room launches: shown once, in the first one
 SHARED = ("combine_kernel", "accumulate_kernel")
 HEAD = (

@@ -63,6 +63,13 @@ class Shape:
         """One row."""
         triton.attend(*self.query(1), *self.buffers, scale=0.1, **self.knobs)
 
+    def attend_scored(self) -> None:
+        """One row, and the weights that entries get."""
+        q, positions = self.query(1)
+        entries = self.buffers[0].shape[2] * self.knobs["group_size"] + self.buffers[6].shape[2]
+        score = empty(entries, dtype=torch.float32)
+        triton.attend_scored(q, positions, score, *self.buffers, scale=0.1, **self.knobs)
+
     def extend(self) -> None:
         """A chunk of a prompt."""
         (q, positions), rows = self.query(512), empty(512, self.width, dtype=self.dtype)
@@ -137,6 +144,9 @@ VARIANTS: dict[str, Callable[[], object]] = {
     "attend 2 bit G=32 D=128 kivi": Shape(2, 2, 32, 128, rule="kivi").attend,
     "attend 4 bit G=128 D=128, no asm": in_pure_triton(Shape(4, 4, 128, 128)),
     "attend 2 bit G=128 D=128, no asm": in_pure_triton(Shape(2, 2, 128, 128)),
+    "attend_scored 4 bit G=128 D=128": Shape(4, 4, 128, 128).attend_scored,
+    "attend_scored 2 bit G=32 D=128": Shape(2, 2, 32, 128).attend_scored,
+    "attend_scored K8V4 G=32 D=64": Shape(8, 4, 32, 64).attend_scored,
     "extend 4 bit G=128 D=128": Shape(4, 4, 128, 128).extend,
     "extend 2 bit G=32 D=128": Shape(2, 2, 32, 128).extend,
     "store 4 bit G=128 D=128": Shape(4, 4, 128, 128).store,

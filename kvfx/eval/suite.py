@@ -1,0 +1,79 @@
+"""What is asked of an evaluation: policies, budgets, tasks and lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+
+from kvfx.errors import InputError
+from kvfx.eval.answers import HIDDEN, VISIBLE
+from kvfx.eval.tasks import TASKS
+from kvfx.eval.text import Corpus
+from kvfx.policies.parse import nearest
+from kvfx.policy import Policy, compose
+
+PERPLEXITY = "perplexity"
+# one word for several tasks
+FAMILIES = {"needle": ("needle-prose", "needle-noise")}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is asked: `windows` of `scored` tokens, read `chunk` at a time, for perplexity;
+    `samples` with the answer at `depths` in turns, for each of the other tasks.
+    """
+
+    policies: tuple[Policy, ...]
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    text: Corpus
+    seed: int
+    windows: int = 8
+    scored: int = 128
+    chunk: int = 32
+    samples: int = 20
+    depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    question: str = HIDDEN
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "scored", "chunk", "samples"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)!r}: at least 1")
+        if self.question not in (HIDDEN, VISIBLE):
+            raise InputError(f"question={self.question!r}: choose {HIDDEN} or {VISIBLE}")
+        if not self.depths or not all(0.0 <= depth <= 1.0 for depth in self.depths):
+            raise InputError(f"depths={self.depths!r}: numbers between 0 (start) and 1 (end)")
+
+
+def with_budgets(policies: Sequence[Policy], budgets: Sequence[float | int]) -> tuple[Policy, ...]:
+    """Every policy at every budget; those that have none, once."""
+    given = [each for policy in policies for each in (_at(policy, budgets) or [policy])]
+    return tuple(dict.fromkeys(given))
+
+
+def task_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The tasks that `names` stand for; an unknown one raises an InputError with the nearest."""
+    known = (PERPLEXITY, *TASKS)
+    chosen = [each for name in names for each in FAMILIES.get(name, (name,))]
+    for name in chosen:
+        if name not in known:
+            raise InputError(f"there is no task {name!r}: {nearest(name, (*known, *FAMILIES))}")
+    return tuple(dict.fromkeys(chosen))
+
+
+def _at(policy: Policy, budgets: Sequence[float | int]) -> list[Policy]:
+    if not any(_has_budget(part) for part in policy.parts()):
+        return []
+    return [
+        compose(
+            *(
+                replace(part, budget=budget) if _has_budget(part) else part  # type: ignore[type-var]
+                for part in policy.parts()
+            )
+        )
+        for budget in budgets
+    ]
+
+
+def _has_budget(part: Policy) -> bool:
+    return is_dataclass(part) and any(field.name == "budget" for field in fields(part))

@@ -1,0 +1,141 @@
+"""Measurements as tables: on a terminal, and as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kvfx.bench.machine import versions_text
+from kvfx.eval.answers import CEILING, Retrieval
+from kvfx.eval.fidelity import Fidelity
+from kvfx.eval.results import Measurement, Setting
+from kvfx.eval.stats import bootstrap_mean, mcnemar, wilson
+from kvfx.policies.full import Full
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DENSE = repr(Full())
+FIDELITY = ("policy", "cache", "of dense", "perplexity", "ratio to dense", "KL, nats", "flips")
+RETRIEVAL = ("policy", "cache", "of dense", "answered", "rate", "p (vs dense)")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One task at one length."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    remark: str
+
+    def render(self) -> Table:
+        """The section, drawn."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(
+            box=box.SIMPLE_HEAD, title=self.title, caption=self.remark, title_justify="left"
+        )
+        for name in self.header:
+            table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """The section as Markdown."""
+        rule = ("---", *("---:" for _ in self.header[1:]))
+        # a policy may be composed with the letter that parts cells
+        first = [("`" + row[0].replace("|", "\\|") + "`", *row[1:]) for row in self.rows]
+        lines = ["| " + " | ".join(cells) + " |" for cells in (self.header, rule, *first)]
+        return "\n".join([f"**{self.title}**", "", *lines, "", self.remark, ""])
+
+
+def sections(measurements: Sequence[Measurement]) -> list[Section]:
+    """One section per task and length, in order."""
+    groups: dict[str, list[Measurement]] = {}
+    for found in measurements:
+        groups.setdefault(repr(replace(found.setting, policy="")), []).append(found)
+    return [_section(group) for group in groups.values()]
+
+
+def headline(measurements: Sequence[Measurement]) -> str:
+    """Where and of what this was measured."""
+    places = (
+        f"{found.setting.model} in {found.setting.dtype} on {found.device}, {found.threads} "
+        f"threads; {versions_text(found.versions)}; {found.date}"
+        for found in measurements
+    )
+    return "\n".join(dict.fromkeys(places))
+
+
+def _section(group: Sequence[Measurement]) -> Section:
+    setting = group[0].setting
+    dense = next((found for found in group if found.setting.policy == DENSE), None)
+    where = f"{setting.task}, {setting.length:,} tokens"
+    if isinstance(group[0].scores, Fidelity):
+        rows = tuple(_fidelity_row(found, dense) for found in group)
+        return Section(f"{where}: {_read(setting)}", FIDELITY, rows, "[95 % bootstrap interval]")
+    ceiling = dense.scores if dense is not None else None
+    low = isinstance(ceiling, Retrieval) and ceiling.below_ceiling
+    remark = "rate [95 % Wilson interval]; p: exact McNemar test"
+    if low:
+        remark = f"below ceiling: dense answers less than {CEILING:.0%}, so nobody is ranked"
+    rows = tuple(_retrieval_row(found, dense, ranked=not low) for found in group)
+    asked = f"{setting.samples} samples, question {setting.options['question']}"
+    return Section(f"{where}: {asked}, text {setting.text}", RETRIEVAL, rows, remark)
+
+
+def _read(setting: Setting) -> str:
+    return (
+        f"{setting.samples} windows of {setting.options['scored']} scored tokens, read by "
+        f"{setting.options['chunk']}, text {setting.text}"
+    )
+
+
+def _fidelity_row(found: Measurement, dense: Measurement | None) -> tuple[str, ...]:
+    scores, seed = found.scores, found.setting.seed
+    assert isinstance(scores, Fidelity)
+    ratio = scores.perplexity / scores.dense_perplexity
+    edges = bootstrap_mean(scores.log_ratios, seed)
+    ratios = None if edges is None else (math.exp(edges[0]), math.exp(edges[1]))
+    kl = bootstrap_mean([window.kl for window in scores.windows], seed)
+    return (
+        *_first(found, dense),
+        f"{scores.perplexity:.3f}",
+        f"{ratio:.4f}{_interval(ratios, '.4f')}",
+        f"{scores.kl:.2g}{_interval(kl, '.2g')}",
+        f"{scores.flips:.1%}",
+    )
+
+
+def _retrieval_row(
+    found: Measurement, dense: Measurement | None, *, ranked: bool
+) -> tuple[str, ...]:
+    scores = found.scores
+    assert isinstance(scores, Retrieval)
+    hits, samples = sum(scores.hits), len(scores.hits)
+    interval = _interval(wilson(hits, samples), ".0%")
+    p = "-"
+    if ranked and dense is not None and dense is not found:
+        assert isinstance(dense.scores, Retrieval)
+        p = f"{mcnemar(dense.scores.hits, scores.hits):.2g}"
+    return (
+        *_first(found, dense),
+        f"{hits} of {samples}",
+        f"{scores.rate:.0%}{interval}",
+        p,
+    )
+
+
+def _first(found: Measurement, dense: Measurement | None) -> tuple[str, str, str]:
+    size = found.scores.cache_bytes
+    share = "-" if dense is None else f"{size / dense.scores.cache_bytes:.0%}"
+    return found.label, f"{size / 2**20:.2f} MiB", share
+
+
+def _interval(edges: tuple[float, float] | None, spec: str) -> str:
+    return "" if edges is None else f" [{edges[0]:{spec}}, {edges[1]:{spec}}]"
