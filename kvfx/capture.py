@@ -7,8 +7,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -44,15 +45,45 @@ class _Stateless(nn.Module):
         return logits[:, logits_index]
 
 
+# what was captured, for as long as the model lives, and what the model was like then
+_CAPTURED: WeakKeyDictionary[nn.Module, tuple[object, Graph]] = WeakKeyDictionary()
+
+
 def capture(model: PreTrainedModel) -> Graph:
     """Capture the forward pass of `model` with dynamic batch and length; weights are shared,
-    `model` is unchanged.
+    `model` is unchanged. A model that was captured before, and is as it was, is not traced again.
 
     Raises CaptureError for anything that is not a decoder with attention: encoders,
     encoder-decoders, recurrent layers, models without a language-model head or without
     `position_ids`, weights on several devices.
     """
     check_decoder(model)
+    likeness = _likeness(model)
+    known = _CAPTURED.get(model)
+    if known is None or known[0] != likeness:
+        _CAPTURED[model] = known = (likeness, _trace(model))
+    return known[1].copy()
+
+
+def _likeness(model: PreTrainedModel) -> object:
+    """What the trace of a model depends on: its configuration, its modules, what was put over
+    their code, and its tensors (their values may change: the trace shares them).
+    """
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    modules = [
+        (type(module), module.__dict__.get("forward"), *map(len, _hooks(module)))
+        for module in model.modules()
+    ]
+    held = [(name, id(x), x.shape, x.dtype, x.device) for name, x in tensors]
+    return model.config.to_json_string(use_diff=False), modules, held
+
+
+def _hooks(module: nn.Module) -> tuple[Mapping[int, object], Mapping[int, object]]:
+    """What runs before and after the code of a module."""
+    return module._forward_pre_hooks, module._forward_hooks
+
+
+def _trace(model: PreTrainedModel) -> Graph:
     device = next(model.parameters()).device
     input_ids = torch.zeros(2, 7, dtype=torch.int64, device=device)
     position_ids = torch.arange(7, device=device).expand(2, 7).contiguous()
@@ -78,8 +109,8 @@ def capture(model: PreTrainedModel) -> Graph:
             ) from error
         module = exported.module()
     _share_weights(module, model)
-    # a copy has plain inputs and outputs: the pytree calling convention of export stays behind
-    return Graph(module, Level.CAPTURED, windows=_config_windows(model)).copy()
+    # its copies have plain inputs and outputs: the pytree calling convention of export stays behind
+    return Graph(module, Level.CAPTURED, windows=_config_windows(model))
 
 
 def check_decoder(model: PreTrainedModel) -> None:

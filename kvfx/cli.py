@@ -1,4 +1,4 @@
-"""The command line: `kvfx run | chat | explain | policies | opt | bench`."""
+"""The command line: `kvfx run | chat | explain | policies | opt | eval | bench`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,13 @@ class Printing(str, Enum):
     after_change = "after-change"
     diff = "diff"
     statistics = "statistics"
+
+
+class Asking(str, Enum):
+    """When `kvfx eval` asks: after the context was compressed, or with it."""
+
+    hidden = "hidden"
+    visible = "visible"
 
 
 class Filling(str, Enum):
@@ -241,6 +248,74 @@ def opt(
         if printing is Printing.after_all or (printing is Printing.after_change and changed):
             typer.echo(f"// after {step.name}\n{step.after}")
     typer.echo(trail, err=printing is not Printing.statistics)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelArgument,
+    policies: Annotated[
+        str, typer.Option(help="Policies, separated by commas outside of brackets.")
+    ] = "k8v4,kivi-4bit,snapkv-25%",
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            help="Budgets for every policy that has one: 0.5 is a fraction, 512 a count.",
+            show_default="those of the policies",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(help="perplexity, needle, needle-prose, needle-noise, needle-4-keys."),
+    ] = "perplexity,needle",
+    lengths: Annotated[str, typer.Option(help="Tokens of each context.")] = "1024",
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text for perplexity.")] = 8,
+    scored: Annotated[int, typer.Option(min=1, help="Scored tokens per window.")] = 128,
+    chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens read at once through the cache; 1 decodes.")
+    ] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of every other task.")] = 20,
+    question: Annotated[
+        Asking, typer.Option(help="Whether compression sees the question.")
+    ] = Asking.hidden,
+    text: Annotated[str, typer.Option(help="python, shakespeare, or a text file.")] = "python",
+    seed: Annotated[int, typer.Option(help="Chooses windows and draws samples.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Keep results here; what it holds is not repeated.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+) -> None:
+    """Measure quality through the cache, next to the dense model; gate what it cannot do itself."""
+    from kvfx.eval.results import open_results
+    from kvfx.eval.run import evaluate as run_suite
+    from kvfx.eval.suite import Suite, task_names, with_budgets
+    from kvfx.eval.text import corpus
+    from kvfx.policies import policy_named
+
+    chosen = [policy_named(name) for name in _split(policies)]
+    suite = Suite(
+        policies=with_budgets(chosen, [] if budgets is None else _budgets(budgets)),
+        tasks=task_names(_split(tasks)),
+        lengths=tuple(_sizes(lengths)),
+        text=corpus(text),
+        seed=seed,
+        windows=windows,
+        scored=scored,
+        chunk=chunk,
+        samples=samples,
+        question=question.value,
+    )
+    results = open_results(out)
+    source, tokenizer = _load(model)
+    with _status("preparing") as status:
+        found = run_suite(model, source, tokenizer, suite, results, status.update)
+    for policy, reason in results.refused.items():
+        typer.echo(f"not measured: {policy}: {reason}", err=True)
+    if as_json:
+        _print_json([measurement.to_dict() for measurement in found])
+    else:
+        _show_sections(found, markdown=markdown)
 
 
 @bench.command()
@@ -499,6 +574,33 @@ def _sizes(text: str) -> Sequence[int]:
     if not all(size.isdecimal() and int(size) > 1 for size in sizes):
         raise InputError(f"--lengths {text!r}: expected integers above 1, separated by commas")
     return [int(size) for size in sizes]
+
+
+def _budgets(text: str) -> list[float | int]:
+    """Fractions and counts, as they are typed."""
+    try:
+        return [int(part) if part.strip().isdecimal() else float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"--budgets {text!r}: expected numbers, separated by commas: 0.5 is a fraction, 512 "
+            "a count of entries"
+        ) from error
+
+
+def _show_sections(found: Any, *, markdown: bool) -> None:
+    """Tables of measurements: Markdown, or drawn."""
+    from kvfx.eval.table import headline, sections
+
+    if markdown:
+        typer.echo("\n".join((headline(found), "", *(part.markdown() for part in sections(found)))))
+        return
+    console = _screen()
+    if not console.is_terminal:
+        # a file takes lines of any length
+        console = Console(width=WIDE, highlight=False)
+    console.print(headline(found), markup=False, soft_wrap=True)
+    for part in sections(found):
+        console.print(part.render())
 
 
 def _show(report: Report) -> None:

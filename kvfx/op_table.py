@@ -249,16 +249,13 @@ def _room(
         else "Tensor k, Tensor v, Tensor position_ids"
     )
 
-    def op(verb: str, schema: str, shape: Callable[..., object], *, traced: bool = False) -> Op:
+    def op(
+        verb: str, schema: str, shape: Callable[..., object], *, traced: bool = False,
+        kernel: bool = True,
+    ) -> Op:  # fmt: skip
         where = f"kvfx.kernels.{room}"
-        return Op(
-            f"{verb}_{room}",
-            schema,
-            f"{where}.reference:{verb}",
-            shape,
-            traced,
-            f"{where}.triton:{verb}",
-        )
+        triton = f"{where}.triton:{verb}" if kernel else ""
+        return Op(f"{verb}_{room}", schema, f"{where}.reference:{verb}", shape, traced, triton)
 
     ops = (
         op("store", f"({rows}, {buffers}{extra}) -> ()", _nothing),
@@ -278,7 +275,10 @@ def _room(
     )
     if load is None:
         return ops
-    return (*ops, op("load", f"({reads}{extra}) -> (Tensor, Tensor, Tensor)", load))
+    # copies of rows as they are need no kernel
+    outputs = "(Tensor, Tensor, Tensor)"
+    load_op = op("load", f"({reads}{extra}) -> {outputs}", load, kernel=room == "kivi")
+    return (*ops, load_op)
 
 
 OPS: dict[str, Op] = {
@@ -661,6 +661,7 @@ OPS: dict[str, Op] = {
             "kvfx.kernels.kivi.reference:attend_scored",
             _attend_scored_kivi,
             traced=True,
+            triton="kvfx.kernels.kivi.triton:attend_scored",
         ),
         Op(
             "flush_kivi",

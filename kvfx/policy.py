@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -188,7 +188,7 @@ class Select(Stage):
         del site
         return {}
 
-    def protected(self) -> Attributes:
+    def protected(self) -> dict[str, Any]:
         """The rows that always stay: `sinks`, `recent`, and the `share` of the count that is for
         the newest.
         """

@@ -55,7 +55,7 @@ def compress_rows(emit: Emitter, rows: Rows, *, interval: int | None = None) -> 
         allocated = emit.named(plan.allocate.allocate, known, plan.allocate.attributes(select))
         known["count"] = allocated
     chosen = emit.named(select.select, known, select.attributes())
-    if plan.merge is select and plan.merge.target is None:
+    if plan.merge is not None and plan.merge is select and plan.merge.target is None:
         return Chosen(emit.op("lead_rows", chosen), attention, rank, chosen)
     if plan.refine is not None:
         known["keep"] = chosen

@@ -35,7 +35,7 @@ class Config(NamedTuple):
 # NVIDIA 16-byte asynchronous copies
 CONFIGS = {
     ("sm", 64): (Config(128, 4, 3), Config(64, 4, 3)),
-    ("sm", 128): (Config(128, 4, 3), Config(64, 4, 3)),
+    ("sm", 128): (Config(128, 4, 3), Config(64, 4, 2)),
     ("sm", 256): (Config(64, 4, 3), Config(64, 8, 2)),
     ("sm", 512): (Config(32, 4, 3), Config(32, 8, 2)),
     ("sm", 1024): (Config(16, 4, 2), Config(16, 8, 2)),

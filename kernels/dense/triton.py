@@ -20,7 +20,7 @@ ROWS = 16
 def constraint(verb: str, *operands: Tensor | None, **attributes: object) -> str | None:
     """Why Triton cannot serve these operands, or None."""
     del attributes
-    k = operands[2 if verb.startswith("attend") else 0]
+    k = operands[{"attend": 2, "attend_scored": 3}.get(verb, 0)]
     assert k is not None
     return refusal(k)
 
@@ -77,7 +77,7 @@ def attend_scored(
     """What `attend` returns; score [B, K, C] fp32 becomes `decay` times itself plus the weights
     that the entries get.
     """
-    _check("attend_scored", q, position_ids, k_cache)
+    _check("attend_scored", q, position_ids, score, k_cache)
     rules = Rules(slopes, sinks, softcap, window, chunk)
     scores = torch.empty(*q.shape[:2], k_cache.shape[2], dtype=torch.float32, device=q.device)
     out, lse = attend_entries(

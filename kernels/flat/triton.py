@@ -11,7 +11,7 @@ from torch import Tensor
 from kvfx.kernels.common import launch
 from kvfx.kernels.common.attention import Rules
 from kvfx.kernels.common.split_attention import attend_entries, refusal
-from kvfx.kernels.flat.layout import layout, rectangle
+from kvfx.kernels.flat.layout import layout
 from kvfx.kernels.flat.triton_rows import accumulate_kernel, append_kernel, store_kernel
 
 # slots that one program fills, and those whose weights it adds up
@@ -117,15 +117,6 @@ def extend(
         Rules(slopes, sinks, softcap, window, chunk), scale=scale, length=length, start=start,
         q_position=position_ids, position=_of_one(position), bias=_of_one(bias), own=(k, v),
     )[0]  # fmt: skip
-
-
-def load(
-    k_flat: Tensor, v_flat: Tensor, start: Tensor, length: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies of the entries, k and v [B, K, N, D], and which of them are live [B, K, N] bool."""
-    _check("load", k_flat)
-    k, v = (rectangle(x, start, length) for x in (k_flat, v_flat))
-    return k, v, torch.arange(k_flat.shape[1], device=k_flat.device) < length[..., None]
 
 
 def _check(verb: str, *operands: Tensor) -> None:

@@ -75,6 +75,11 @@ def config(
     return chosen
 
 
+def with_scores(chosen: Config) -> Config:
+    """The same where scores are written: their addresses do not fit beside what one warp holds."""
+    return chosen._replace(warps=max(chosen.warps, 2))
+
+
 def serves(arch: str, sizes: tuple[int, ...], *, exact: bool) -> bool:
     """Whether whole tiles are read without unpacking them, for widths and a group size `sizes`.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvfx.kernels.common import launch
 from kvfx.kernels.common.combine import workspace
-from kvfx.kernels.kivi.configs import config, serves
+from kvfx.kernels.kivi.configs import config, serves, with_scores
 from kvfx.kernels.kivi.layout import Entries, Planes
 from kvfx.kernels.kivi.triton_attend import attend_kernel
 from kvfx.kernels.kivi.triton_unpack import instructions
@@ -50,6 +50,8 @@ def attend_cache(
     chosen = config(
         arch, k_bits, v_bits, group_size, max(width, value_width), fast=fast, narrow=narrow
     )
+    if scores is not None:
+        chosen = with_scores(chosen)
     # as many tiles as give a product enough rows to sum over
     pack = max(1, WIDE // min(k_planes.rows, v_planes.rows)) if fast else 1
     step = pack * chosen.blocks

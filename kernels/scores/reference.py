@@ -106,7 +106,7 @@ def query_statistics(
     for _ in range(2):
         following_rows = following.expand(-1, -1, width)
         covariance = rotate(covariance, following_rows, frequencies, style).mT
-    return mean, covariance
+    return mean, covariance.contiguous()
 
 
 def expected(

@@ -31,7 +31,7 @@ def allocate_heads(
     score: Tensor, live: Tensor, count: Tensor, sinks: int, recent: int, share: float, floor: float
 ) -> Tensor:
     """Entries to keep per row and head, [B, K] int64: as many in all heads as `count` [B, K] gives
-    them, where the rows of largest score [B, K, T] are (AdaKV, hard floor).
+    them, or all live ones, where the rows of largest score [B, K, T] are (AdaKV, hard floor).
 
     Each head gets its protected rows, those of `select_top`, and the share `floor` of what the
     count then leaves free. What remains goes to the best rows of all heads; equal scores prefer
@@ -44,7 +44,8 @@ def allocate_heads(
     others = live & (_place(score, live, protected) >= own[..., None])
     # rows outermost, so that the smaller index comes first in whichever head it is
     score, others, protected = (x.transpose(1, 2).flatten(1) for x in (score, others, protected))
-    won = others & (_place(score, others, protected) < (uniform - own).sum(1, keepdim=True))
+    total = torch.minimum(count.sum(1), live.sum((1, 2)))
+    won = others & (_place(score, others, protected) < (total - own.sum(1))[:, None])
     return own + won.unflatten(1, (-1, count.shape[1])).sum(1)
 
 
@@ -56,7 +57,7 @@ def hold_back(live: Tensor, count: Tensor, interval: int) -> Tensor:
     """
     entries = live.sum(-1)
     due = entries.sum(1, keepdim=True) >= (count + interval).sum(1, keepdim=True)
-    return torch.where(due, torch.minimum(count, entries), entries)
+    return torch.where(due, count, entries)
 
 
 def select_recent(live: Tensor, count: Tensor, sinks: int) -> Tensor:

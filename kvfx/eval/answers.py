@@ -95,8 +95,10 @@ def answer_prompt(fast: CompressedModel, prompt: Prompt) -> tuple[bool, float, C
     """Whether greedy decoding would give the answer, its negative log-likelihood, and the cache.
 
     Question and answer are read in one piece: if each of the answer's tokens is the most probable
-    one after those before it, decoding them one by one gives them as well. The first token of an
-    answer to a visible question comes from the prompt's own attention, which is exact.
+    one after those before it, decoding them one by one gives them as well (unless entries are
+    evicted in between, which a policy with an `interval` of that many tokens does not do). The
+    first token of an answer to a visible question comes from the prompt's own attention, which is
+    exact.
     """
     cache = fast.new_cache()
     device = fast.device

@@ -148,3 +148,48 @@ def test_windows_of_the_config_are_remembered():
     assert capture(tiny("mistral", {"sliding_window": 24})).windows == (24,)
     assert capture(tiny_llama()).windows == ()
     assert "mistral" in TINY
+
+
+def test_a_model_is_traced_once(monkeypatch):
+    """The second graph is another one, and computes the same; what changed is traced again."""
+    traced = []
+    export = torch.export.export
+
+    def counted(*args, **kwargs):
+        traced.append(args[0])
+        return export(*args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    model = tiny_llama()
+    first, second = capture(model), capture(model)
+    assert len(traced) == 1
+    assert first.module is not second.module
+    assert first.text == second.text
+    # values may change: the graph shares the tensors
+    model.lm_head.weight.mul_(2.0)
+    ids, positions = torch.full((1, 5), 7), torch.arange(5)[None]
+    found = capture(model).module(ids, positions, torch.tensor([4]))[0]
+    torch.testing.assert_close(found, model(ids, logits_to_keep=1).logits)
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.double(),
+        lambda model: setattr(model.config, "rms_norm_eps", 0.5),
+        lambda model: setattr(model.lm_head, "weight", nn.Parameter(model.lm_head.weight * 2)),
+        lambda model: setattr(model.model.norm, "forward", lambda x: x),
+        lambda model: model.model.norm.register_forward_hook(lambda module, args, out: out * 2),
+        lambda model: setattr(model.model, "norm", nn.Identity()),
+    ],
+    ids=["dtype", "config", "weight", "forward", "hook", "module"],
+)
+def test_a_model_that_changed_is_traced_again(change, monkeypatch):
+    model, traced = tiny_llama(), []
+    capture(model)
+    monkeypatch.setattr("kvfx.capture._trace", traced.append)
+    change(model)
+    with pytest.raises(AttributeError):
+        capture(model)
+    assert traced == [model]

@@ -13,12 +13,15 @@ from kvfx.geometry import Causal, Site
 from kvfx.op_table import BACKENDS, OPS
 from kvfx.ops import backend_of, name_of, overload, score_op
 from kvfx.policies import KIVI, Full, WindowRing
+from kvfx.policies.flat_dense import FlatDense
 
 BATCH, KV_HEADS, HEADS, WIDTH, ROWS, CAPACITY = 2, 2, 6, 32, 5, 96
+SLOTS = KV_HEADS * CAPACITY
 CPU = torch.device("cpu")
 SITE = Site(0, "s", HEADS, KV_HEADS, WIDTH, WIDTH, 0.2, Causal(), None, torch.float32, CPU)
 STORES = {
     "dense": Full(),
+    "flat": FlatDense(),
     "ring": WindowRing(CAPACITY),
     "kivi": KIVI(group_size=32, residual=32, mode="window"),
 }
@@ -82,6 +85,11 @@ def counts() -> Tensor:
 
 def scores(count: int = ROWS) -> Tensor:
     return torch.rand(BATCH, KV_HEADS, count)
+
+
+def targets() -> Tensor:
+    """Every second row takes in the one before it."""
+    return (torch.arange(ROWS) // 2 * 2 + 1).clamp(max=ROWS - 1).expand(BATCH, KV_HEADS, -1).clone()
 
 
 SAMPLES = {
@@ -155,8 +163,92 @@ SAMPLES = {
         lambda: (torch.rand(BATCH, KV_HEADS, ROWS), keep(), counts()),
         {"sinks": 1, "recent": 1},
     ),
+    "refine_crush": (
+        lambda: (scores(), keep(), keep(), None),
+        {
+            "sinks": 1,
+            "recent": 1,
+            "share": 0.0,
+            "ratio": 0.5,
+            "anchor": "mean",
+            "bits": "half",
+            "pick": "linspace",
+            "page": 1,
+            "seed": 0,
+        },
+    ),
+    "allocate_heads": (
+        lambda: (scores(), keep(), counts()),
+        {"sinks": 1, "recent": 1, "share": 0.0, "floor": 0.2},
+    ),
+    "select_chunks": (lambda: (scores(), keep(), counts()), {"chunk": 2, "recent": 1}),
+    "query_statistics": (
+        lambda: (rows(HEADS), positions(), torch.rand(8)),
+        {"style": "half", "sinks": 1, "future": 4},
+    ),
+    "score_expected": (
+        lambda: (
+            torch.randn(BATCH, HEADS, WIDTH),
+            torch.rand(BATCH, HEADS, WIDTH, WIDTH),
+            rows(),
+            rows(),
+            keep(),
+        ),
+        {"scale": 0.2, "epsilon": 0.0, "spread": True, "value_norm": True},
+    ),
+    "average_attention": (lambda: (scores(), keep(), None), {}),
+    "position_rows": (lambda: (positions(),), {"kv_heads": KV_HEADS}),
+    "append_entries": (lambda: (scores(1), keep(1), counts().int(), scores(CAPACITY)), {}),
+    "merge_sets": (
+        lambda: (rows(), scores(), keep(), counts()),
+        {"threshold": None, "sinks": 1, "recent": 0.1, "heavy": 0.1, "linkage": "chain"},
+    ),
+    "merge_next": (lambda: (keep(), keep()), {}),
+    "merge_nearest": (
+        lambda: (rows(), keep(), keep(), torch.rand(BATCH, KV_HEADS)),
+        {"past": 0.5, "present": 0.5},
+    ),
+    "lead_rows": (lambda: (targets(),), {}),
+    "target_shift": (lambda: (targets(), positions()[:, None].expand(-1, KV_HEADS, -1)), {}),
+    "merge_numbers": (lambda: (scores(), targets()), {}),
+    "merge_votes": (lambda: (targets(), None), {}),
+    "merge_gaussian": (
+        lambda: (rows(), rows(), targets(), None),
+        {"sigma": "dist", "width": 5.0, "scaled": False},
+    ),
+    "merge_weighted": (lambda: (rows(), rows(), targets(), scores()), {}),
+    "merge_similar": (lambda: (rows(), rows(), targets()), {}),
+    "merge_ahead": (
+        lambda: (rows(), rows(), keep(), keep(), scores(), None),
+        {"targets": 2, "seed": 1},
+    ),
+    "attend_scored_flat": (
+        lambda: (rows(HEADS, 1), positions(1), torch.rand(BATCH, SLOTS), *filled("flat")),
+        {"scale": 0.2},
+    ),
+    "live_entries_flat": (lambda: (filled("flat")[0], *filled("flat")[2:]), {}),
+    "resize_flat": (lambda: (*filled("flat")[2:], SLOTS + 10), {}),
+    "compact_flat": (lambda: (keep(SLOTS), torch.rand(8), *filled("flat")), {"style": "half"}),
+    "load_entries_flat": (lambda: (torch.rand(BATCH, SLOTS), *filled("flat")[2:]), {}),
+    "store_entries_flat": (
+        lambda: (scores(), keep(), *filled("flat")[2:], torch.rand(BATCH, SLOTS)),
+        {},
+    ),
+    "extend_entries_flat": (
+        lambda: (scores(SLOTS + ROWS), keep(), *filled("flat")[2:], torch.rand(BATCH, SLOTS)),
+        {},
+    ),
+    "append_entries_flat": (
+        lambda: (scores(1), keep(1), *filled("flat")[2:], torch.rand(BATCH, SLOTS)),
+        {},
+    ),
+    "compact_entries_flat": (
+        lambda: (keep(SLOTS), *filled("flat")[2:], torch.rand(BATCH, SLOTS)),
+        {},
+    ),
     "linear": (lambda: (rows()[:, 0], torch.randn(9, WIDTH), torch.randn(9)), {}),
     **room_samples("dense"),
+    **room_samples("flat"),
     **room_samples("ring"),
     **room_samples("kivi"),
 }
@@ -233,7 +325,9 @@ def test_schemas_mark_what_is_written(name, backend):
         written = argument.alias_info is not None and argument.alias_info.is_write
         if not written and isinstance(new, Tensor):
             torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
-    mutable = name.split("_")[0] in WRITING or name.startswith(("extend_entries", "attend_scored"))
+    mutable = name.split("_")[0] in WRITING or name.startswith(
+        ("extend_entries", "attend_scored", "merge_nearest")
+    )
     assert schema.is_mutable is mutable
     assert overload(name)._schema.is_mutable is mutable
 

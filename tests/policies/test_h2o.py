@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -28,3 +32,21 @@ def test_early_tokens_are_seen_by_more_rows():
 
 def live(rows: int) -> torch.Tensor:
     return torch.ones(1, 1, rows, dtype=torch.bool)
+
+
+def test_column_sums_of_a_long_prompt_need_no_square():
+    """The peak of the whole process: 8,192 x 8,192 weights of 4 heads would be 1 GiB."""
+    code = """
+import resource, torch
+from kvfx.kernels.scores.reference import columns
+q, k = torch.randn(1, 4, 8192, 16), torch.randn(1, 1, 8192, 16)
+live = torch.ones(1, 1, 8192, dtype=torch.bool)
+columns(q[:, :, :128], k[:, :, :128], live[:, :, :128], scale=0.25)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+columns(q, k, live, scale=0.25)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
+    )
+    assert int(done.stdout) < 200 * 1024

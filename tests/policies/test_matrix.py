@@ -7,7 +7,8 @@ The oracle of the kept entries is the dense cache of the same model: each kept e
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
+import functools
+import operator
 
 import pytest
 import torch
@@ -15,13 +16,13 @@ from torch import Tensor
 
 import kvfx
 from kvfx import (
+    D2O,
     H2O,
     KIVI,
     TOVA,
     AdaKV,
     CaM,
     ChunkKV,
-    D2O,
     ExpectedAttention,
     Full,
     KeyDiff,
@@ -70,13 +71,13 @@ KV_HEADS = (1, 2, 4)
 LENGTHS = ((40,), (40, 23, 9))
 
 
-@cache
+@functools.cache
 def model(kv_heads: int):
     """A Llama of two layers with 4 query heads."""
     return tiny_llama(kv_heads=kv_heads)
 
 
-@cache
+@functools.cache
 def fast(name: str, kv_heads: int):
     """It, under a policy."""
     policy = Full() if name == "full" else POLICIES[name]
@@ -190,7 +191,9 @@ def test_equal_rows_stay_equal(name):
         torch.testing.assert_close(logits[0], logits[1])
 
 
-@pytest.mark.parametrize("name", [name for name in POLICIES if "random" not in repr(POLICIES[name])])
+@pytest.mark.parametrize(
+    "name", [name for name in POLICIES if "random" not in repr(POLICIES[name])]
+)
 def test_the_order_of_heads_does_not_matter(name):
     """T6: KV heads with their query heads permuted keep the same entries."""
     if "CaM" in repr(POLICIES[name]):
@@ -267,19 +270,16 @@ def test_a_step_is_attention_over_the_kept_entries(name, kv_heads):
 @pytest.mark.parametrize("name", ["kvcrush snapkv", "cam"])
 def test_draws_follow_the_seed(name):
     """T11: the same seed draws the same, in any batch; another one draws otherwise."""
-    parts = POLICIES[name].parts()
-    drawn = [_values(kvfx.compress(model(2), p, compile=False, verify=False)) for p in (
-        POLICIES[name], POLICIES[name], _compose(*parts[:-1], dataclasses.replace(parts[-1], seed=5)),
-    )]  # fmt: skip
+    *others, last = POLICIES[name].parts()
+    other = _compose(*others, dataclasses.replace(last, seed=5))
+    policies = (POLICIES[name], POLICIES[name], other)
+    drawn = [_values(kvfx.compress(model(2), p, compile=False, verify=False)) for p in policies]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
 
 
 def _compose(*parts: Policy) -> Policy:
-    out = parts[0]
-    for part in parts[1:]:
-        out = out | part
-    return out
+    return functools.reduce(operator.or_, parts)
 
 
 def _values(compressed) -> Tensor:
@@ -317,8 +317,8 @@ def _error(compressed) -> float:
 @pytest.mark.parametrize("name", POLICIES)
 def test_an_endless_reply_needs_constant_bytes(name):
     model, (past, logits) = fast(name, 2), read(name, 2, left_padded((40, 23)))
-    sizes, most = set(), BUDGET + INTERVAL
-    for step in range(40):
+    sizes, most = set(), BUDGET + selecting(name).interval
+    for _ in range(40):
         logits = model(logits[:, -1:].argmax(-1), past_key_values=past).logits
         assert bool(logits.isfinite().all())
         sizes.add(past.nbytes())
