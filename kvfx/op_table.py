@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -147,6 +147,24 @@ def _load_flat(
 
 def _allocate(tokens: Tensor, kv_heads: int, **_: object) -> Tensor:
     return tokens.new_empty(tokens.shape[0], kv_heads)
+
+
+def _probe(
+    q: Tensor, k: Tensor, v: Tensor, columns: Tensor, *,
+    scale: float, rows: int, steps: int, fractions: Sequence[float], bits: Sequence[int],
+    group_size: int, rank: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    batch, kv_heads = columns.shape[:2]
+    curves = ((steps,), (steps,), (kv_heads, steps))
+    numbers = ((), (), (), (len(fractions),), (len(bits) ** 2,))
+    return (
+        *(columns.new_empty(batch, *shape, dtype=torch.float64) for shape in curves),
+        *(columns.new_empty(batch, *shape, dtype=torch.float32) for shape in numbers),
+    )
+
+
+def _per_row(x: Tensor, _: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -669,6 +687,20 @@ OPS: dict[str, Op] = {
             "kvfx.kernels.kivi.reference:flush",
             _nothing,
             triton="kvfx.kernels.kivi.triton:flush",
+        ),
+        Op(
+            "probe",
+            "(Tensor q, Tensor k, Tensor v, Tensor columns, *, float scale, int rows, int steps, "
+            "float[] fractions, int[] bits, int group_size, int rank) -> (Tensor, Tensor, Tensor, "
+            "Tensor, Tensor, Tensor, Tensor, Tensor)",
+            "kvfx.kernels.probe.reference:probe",
+            _probe,
+        ),
+        Op(
+            "probe_similarity",
+            "(Tensor before, Tensor after) -> Tensor",
+            "kvfx.kernels.probe.reference:similarity",
+            _per_row,
         ),
     )
 }

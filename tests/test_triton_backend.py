@@ -6,7 +6,18 @@ import pytest
 import torch
 
 import kvfx
-from kvfx import KIVI, Full, StreamingLLM
+from kvfx import (
+    H2O,
+    KIVI,
+    AdaKV,
+    CaM,
+    Full,
+    KVCrush,
+    KVMerger,
+    SnapKV,
+    StreamingLLM,
+    WeightedKV,
+)
 from kvfx.errors import UnsupportedShape
 from kvfx.testing.tiny import left_padded, tiny_llama, tiny_mistral
 
@@ -16,6 +27,12 @@ POLICIES = {
     "streaming": StreamingLLM(budget=20, interval=5),
     "kivi window": KIVI(4, residual=32),
     "kivi published": KIVI(2, residual=32, mode="kivi"),
+    "adakv": SnapKV(budget=20, window=5, interval=5) | AdaKV(),
+    "kvcrush": H2O(budget=20, interval=5) | KVCrush(),
+    "kvmerger": KVMerger(budget=20, sinks=2, interval=5, value_scale="votes"),
+    "kvmerger threshold": KVMerger(mode="threshold", threshold=0.2, interval=5),
+    "cam kivi": H2O(budget=50, interval=5) | CaM(targets=4) | KIVI(8, residual=0),
+    "weightedkv": WeightedKV(budget=20, sinks=2, recent=4, interval=5),
     "kivi mixed": StreamingLLM(budget=70, interval=6) | KIVI(k_bits=8, v_bits=4, residual=32),
 }
 

@@ -17,7 +17,7 @@ def cache(policy):
 
 
 @pytest.mark.parametrize(
-    "base", [H2O(16), StreamingLLM(16), KeyDiff(16)], ids=["h2o", "streaming", "keydiff"]
+    "base", [H2O(16), StreamingLLM(budget=16), KeyDiff(16)], ids=["h2o", "streaming", "keydiff"]
 )
 def test_keys_are_those_of_the_base_and_values_are_not(base):
     for alone, merged in zip(cache(base), cache(base | CaM(targets=4)), strict=True):
