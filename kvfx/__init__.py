@@ -6,54 +6,88 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kvfx.calibration import Calibration, calibrate
     from kvfx.compiler import compress, explain
     from kvfx.policies import (
+        CAKE,
         D2O,
         H2O,
         KIVI,
+        MEDA,
         TOVA,
+        XKV,
         AdaKV,
         CaM,
         ChunkKV,
+        DBudgetKV,
+        DynamicKV,
         ExpectedAttention,
         Full,
         KeyDiff,
         KNorm,
         KVCrush,
         KVMerger,
+        KVTuner,
+        LayerBudgets,
         PerLayer,
+        PrefixKV,
+        PyramidKV,
         SnapKV,
+        SqueezeAttention,
         StreamingLLM,
+        UNComp,
+        Uniform,
         WeightedKV,
+        ZipVL,
         policy_named,
     )
 
 __version__ = "0.1.0"
 __all__ = [
+    "CAKE",
     "D2O",
     "H2O",
     "KIVI",
+    "MEDA",
     "TOVA",
+    "XKV",
     "AdaKV",
     "CaM",
+    "Calibration",
     "ChunkKV",
+    "DBudgetKV",
+    "DynamicKV",
     "ExpectedAttention",
     "Full",
     "KNorm",
     "KVCrush",
     "KVMerger",
+    "KVTuner",
     "KeyDiff",
+    "LayerBudgets",
     "PerLayer",
+    "PrefixKV",
+    "PyramidKV",
     "SnapKV",
+    "SqueezeAttention",
     "StreamingLLM",
+    "UNComp",
+    "Uniform",
     "WeightedKV",
+    "ZipVL",
+    "calibrate",
     "compress",
     "explain",
     "policy_named",
 ]
 
 # where a name lives that is not a policy
-HOMES = {"compress": "kvfx.compiler", "explain": "kvfx.compiler"}
+HOMES = {
+    "Calibration": "kvfx.calibration",
+    "calibrate": "kvfx.calibration",
+    "compress": "kvfx.compiler",
+    "explain": "kvfx.compiler",
+}
 
 
 def __getattr__(name: str) -> object:

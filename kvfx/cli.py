@@ -196,15 +196,18 @@ def policies() -> None:
     from rich.table import Table
 
     from kvfx.policies import METHODS, PRESETS
+    from kvfx.policy import Allocate, Divide, Merge, Refine, Select, Store
     from kvfx.report import short_policy
 
+    parts = (Allocate, Select, Divide, Refine, Merge, Store)
     methods = Table("method", "role", "result", box=box.SIMPLE_HEAD, title="Methods")
     methods.add_column("paper", no_wrap=True)
     for method in METHODS:
         summary = (inspect.getdoc(method) or "").split("\n\n")[0].replace("\n", " ")
         # the paper has a column of its own
         summary = summary.split(" (http")[0].rstrip(".")
-        role = getattr(method, "role", "any")
+        roles = [base.role for base in parts if issubclass(method, base)]
+        role = ", ".join(roles) or getattr(method, "role", "any")
         methods.add_row(
             method.__name__, role, summary, method.paper.removeprefix("https://") or "-"
         )

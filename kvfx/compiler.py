@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from kvfx.capture import capture
-from kvfx.errors import CalibrationError, UnmatchedAttention, UnsupportedShape
+from kvfx.errors import UnmatchedAttention, UnsupportedShape
 from kvfx.graph import Graph
 from kvfx.op_table import BACKENDS
 from kvfx.pass_manager import Trail, run_passes
@@ -25,6 +25,7 @@ from kvfx.validate import validate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kvfx.calibration import Calibration
     from kvfx.model import CompressedModel
 
 
@@ -47,7 +48,7 @@ def compress(
     backend: str = "auto",
     compile: bool = True,
     verify: bool = True,
-    calibration: object | None = None,
+    calibration: Calibration | None = None,
     max_length: int | None = None,
     prefill_chunk: int | None = None,
     strict: bool = True,
@@ -58,12 +59,14 @@ def compress(
     `backend="auto"` picks the best backend that exists for the device. `compile=False` runs the
     rewritten graph eagerly. `verify=True` first proves on random tokens that the rewrite under
     `Full()` computes what the model does.
+    `calibration` is what allocators and mixed precision read (`kvfx.calibrate`).
     `max_length` bounds the tokens of a conversation. With `prefill_chunk`, prompts are read and
     compressed that many tokens at a time, so that a long one never holds its dense cache: tokens
     are then ranked by what came before the end of their chunk. `strict=False` keeps sites dense
     that the policy cannot serve.
 
-    Raises CaptureError (not a decoder with attention), UnmatchedAttention (a site is not
+    Raises CalibrationError (the policy needs a calibration, or this one is of another model),
+    CaptureError (not a decoder with attention), UnmatchedAttention (a site is not
     understood), UnsupportedShape (the policy or backend cannot serve a site), PolicyError (unknown
     or ill-composed policy), VerificationError (the rewrite is wrong: a bug of kvfx).
     """
@@ -72,9 +75,9 @@ def compress(
     start = time.perf_counter()
     if prefill_chunk is not None:
         check_at_least("compress", "prefill_chunk", prefill_chunk, 2)
-    if calibration is not None:
-        raise CalibrationError("no policy of this version reads a calibration: leave it out")
-    lowered = lower(model, policy, backend=backend, compile=compile, strict=strict)
+    lowered = lower(
+        model, policy, backend=backend, compile=compile, strict=strict, calibration=calibration
+    )
     if verify:
         validate(lowered.captured, lowered.raised)
     programs = {name: graph.module for name, graph in lowered.graphs.items()}
@@ -119,7 +122,13 @@ def explain(
 
 
 def lower(
-    model: PreTrainedModel, policy: Policy | str, *, backend: str, compile: bool, strict: bool
+    model: PreTrainedModel,
+    policy: Policy | str,
+    *,
+    backend: str,
+    compile: bool,
+    strict: bool,
+    calibration: Calibration | None = None,
 ) -> Lowered:
     """Capture and raise `model`, plan `policy`, and lower every program that the plan needs."""
     policy = policy_named(policy) if isinstance(policy, str) else policy
@@ -136,7 +145,9 @@ def lower(
             f"{len(raised.missed)} attention sites of {type(model).__name__} are not "
             f"understood:\n{reasons}\n{remedy}"
         )
-    plan = make_plan(policy, raised.sites, strict=strict)
+    if calibration is not None:
+        calibration.check(model, raised.sites)
+    plan = make_plan(policy, raised.sites, strict=strict, calibration=calibration)
     device = raised.sites[0].device
     target = Target(_backend(backend, device), inductor_cpu=compile and device.type == "cpu")
     graphs = {

@@ -145,6 +145,14 @@ def _load_flat(
     return padded(k_flat), padded(v_flat), _flat_entries(k_flat, start)
 
 
+def _layers(score: Tensor, live: Tensor, *_: object, **__: object) -> Tensor:
+    return live.new_empty(live.shape[0], score.shape[0], dtype=torch.int64)
+
+
+def _per_head(score: Tensor, live: Tensor, **_: object) -> Tensor:
+    return live.new_empty(live.shape[:2], dtype=torch.int64)
+
+
 def _allocate(tokens: Tensor, kv_heads: int, **_: object) -> Tensor:
     return tokens.new_empty(tokens.shape[0], kv_heads)
 
@@ -351,6 +359,39 @@ OPS: dict[str, Op] = {
             "kvfx.kernels.select.reference:allocate_uniform",
             _allocate,
             traced=True,
+        ),
+        Op(
+            "share_entries",
+            "(Tensor tokens, *, int kv_heads, float fraction, int entries, int protected, "
+            "int least, float[] shares, int layer) -> Tensor",
+            "kvfx.kernels.budgets.reference:share_entries",
+            _allocate,
+        ),
+        Op(
+            "allocate_prefix",
+            "(Tensor score, Tensor live, Tensor total, *, int sinks, int recent, float share, "
+            "int least) -> Tensor",
+            "kvfx.kernels.budgets.reference:allocate_prefix",
+            _layers,
+        ),
+        Op(
+            "allocate_mass",
+            "(Tensor score, Tensor live, *, float threshold, int sinks, int recent, int least) "
+            "-> Tensor",
+            "kvfx.kernels.budgets.reference:allocate_mass",
+            _per_head,
+        ),
+        Op(
+            "allocate_dbudget",
+            "(Tensor score, Tensor live, *, float threshold, int sinks) -> Tensor",
+            "kvfx.kernels.budgets.reference:allocate_dbudget",
+            _per_head,
+        ),
+        Op(
+            "allocate_again",
+            "(Tensor allowed, Tensor asked, Tensor tokens) -> Tensor",
+            "kvfx.kernels.budgets.reference:allocate_again",
+            _like_first,
         ),
         Op(
             "hold_back",

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from kvfx.budgets.rounding import share_entries
 from kvfx.cache import Buffer
 from kvfx.errors import PolicyError, UnsupportedShape
 from kvfx.geometry import Site, Unproven
 from kvfx.policies.flat_dense import FlatDense
 from kvfx.policies.full import Full
+from kvfx.policies.layer_budgets import LayerBudgets
 from kvfx.policies.masked_dense import MaskedDense
 from kvfx.policies.window_ring import WindowRing
-from kvfx.policy import NUMBERS, Allocate, Merge, Policy, Refine, Select, Stage, Store
+from kvfx.policy import NUMBERS, Allocate, Divide, Merge, Policy, Refine, Select, Stage, Store
+
+if TYPE_CHECKING:
+    from kvfx.calibration import Calibration
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of a budget for several layers one of them keeps: number `layer` of `shares`."""
+
+    shares: tuple[float, ...]
+    layer: int
+
+    def allowed(self, tokens: int, select: Select) -> int:
+        """Entries that the layer may keep of a prompt of `tokens` tokens, where the layers may keep
+        what `select` says on average: `kvfx.share_entries` on the host.
+        """
+        counted, protected = isinstance(select.budget, int), select.protected()
+        fraction, entries = (1.0, select.budget) if counted else (select.budget, 0)
+        held = protected["sinks"] + protected["recent"]
+        return share_entries(tokens, fraction, entries, held, select.least(), self.shares)[
+            self.layer
+        ]
 
 
 @dataclass(frozen=True)
@@ -25,6 +50,7 @@ class Schedule:
 
     store: Store
     select: Select | None
+    share: Share | None = None
     site: int | None = None
 
     @property
@@ -36,20 +62,27 @@ class Schedule:
         """Entries of a row after the first `rows` of a prompt of `tokens` tokens."""
         if self.select is None or self.measured:
             return rows
-        return self.select.keeps(rows, tokens)
+        return self.select.keeps(rows, self.allowed(tokens))
+
+    def allowed(self, tokens: int) -> int:
+        """Entries that a row may keep."""
+        assert self.select is not None
+        if self.share is None:
+            return self.select.allowed(tokens)
+        return self.share.allowed(tokens, self.select)
 
     def limit(self, tokens: int) -> int | None:
         """Entries at which a row is compacted, or None where nothing is ever evicted."""
         if self.select is None:
             return None
-        return (tokens if self.measured else self.select.allowed(tokens)) + self.select.interval
+        return (tokens if self.measured else self.allowed(tokens)) + self.select.interval
 
     def compacted(self, entries: int, tokens: int) -> int:
         """Entries of a row after a run of the compact program."""
         limit = self.limit(tokens)
         if self.select is None or limit is None or entries < limit or self.measured:
             return entries
-        return self.select.keeps(entries, tokens)
+        return self.select.keeps(entries, self.allowed(tokens))
 
     def due(self, entries: int, tokens: int) -> bool:
         """Whether a row of `entries` entries after a prompt of `tokens` tokens is to be compacted
@@ -75,7 +108,9 @@ class SitePlan:
     site: Site
     store: Store
     select: Select | None = None
+    share: Share | None = None
     allocate: Allocate | None = None
+    divide: Divide | None = None
     refine: Refine | None = None
     merge: Merge | None = None
     note: str = ""
@@ -83,7 +118,7 @@ class SitePlan:
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The policies that work on rows before they are stored, in the order in which they do."""
-        every = (self.select, self.allocate, self.refine, self.merge)
+        every = (self.select, self.allocate, self.divide, self.refine, self.merge)
         return tuple(dict.fromkeys(stage for stage in every if stage is not None))
 
     @property
@@ -107,8 +142,8 @@ class SitePlan:
     @property
     def schedule(self) -> Schedule:
         """When this site is compacted."""
-        measured = self.select is not None and self.select.measured
-        return Schedule(self.store, self.select, self.site.index if measured else None)
+        measured = self.allocate is not None or (self.select is not None and self.select.measured)
+        return Schedule(self.store, self.select, self.share, self.site.index if measured else None)
 
     @property
     def methods(self) -> str:
@@ -149,13 +184,28 @@ class Plan:
         return all(site.store.croppable and site.select is None for site in self.sites)
 
 
-def make_plan(policy: Policy, sites: tuple[Site, ...], *, strict: bool = True) -> Plan:
-    """Decide what each site does under `policy`.
+def make_plan(
+    policy: Policy,
+    sites: tuple[Site, ...],
+    *,
+    strict: bool = True,
+    calibration: Calibration | None = None,
+) -> Plan:
+    """Decide what each site does under `policy`, as the `calibration` of the model says where the
+    policy asks for one.
 
     Sliding-window sites keep a ring of their window. A site that a policy cannot serve raises
     UnsupportedShape, or stays `Full()` with a note when `strict` is False.
     """
-    return Plan(policy, tuple(_plan_site(policy, site, len(sites), strict) for site in sites))
+    policy = policy.resolve(calibration, sites)
+    plans = [_plan_site(policy, site, len(sites), strict) for site in sites]
+    budgets = next((part for part in policy.parts() if isinstance(part, LayerBudgets)), None)
+    if budgets is not None:
+        chosen = [index for index, plan in enumerate(plans) if plan.select is not None]
+        shares = budgets.shares_of([sites[index] for index in chosen], len(sites))
+        for layer, index in enumerate(chosen):
+            plans[index] = replace(plans[index], share=Share(shares, layer))
+    return Plan(policy, tuple(plans))
 
 
 def _plan_site(policy: Policy, site: Site, sites: int, strict: bool) -> SitePlan:
@@ -165,7 +215,7 @@ def _plan_site(policy: Policy, site: Site, sites: int, strict: bool) -> SitePlan
     if site.window is not None:
         note = f"the model sees {site.window} tokens: lossless ring"
         return SitePlan(site, WindowRing(site.window), note=note)
-    plan = _assign_roles(policy.for_site(site, sites), site)
+    plan = _assign_roles(policy, policy.for_site(site, sites), site)
     reasons = [(part, part.constraint(site)) for part in (*plan.stages, plan.store)]
     reasons += [(policy, _conflict(plan))]
     for part, reason in reasons:
@@ -180,30 +230,42 @@ def _plan_site(policy: Policy, site: Site, sites: int, strict: bool) -> SitePlan
     return plan
 
 
-def _assign_roles(policy: Policy, site: Site) -> SitePlan:
-    """Who plays which role at a site; what is left out is left as it is."""
+def _assign_roles(everywhere: Policy, policy: Policy, site: Site) -> SitePlan:
+    """Who plays which role at a site, where `policy` is left of what holds `everywhere`; what is
+    left out is left as it is.
+    """
     parts = policy.parts()
+    if "select" in everywhere.roles() and "select" not in policy.roles():
+        # a site that its method leaves alone has nothing to divide, refine or merge
+        parts = tuple(part for part in parts if isinstance(part, Store))
     store = next((part for part in parts if isinstance(part, Store)), Full())
     select = next((part for part in parts if isinstance(part, Select)), None)
-    allocate = next((part for part in parts if isinstance(part, Allocate)), None)
+    divide = next((part for part in parts if isinstance(part, Divide)), None)
     refine = next((part for part in parts if isinstance(part, Refine)), None)
     merge = next((part for part in parts if isinstance(part, Merge)), None)
+    allocate = next((part for part in parts if isinstance(part, Allocate)), None)
     unknown = [part for part in parts if not isinstance(part, (Store, Stage))]
     if unknown:
         raise PolicyError(
             f"{site.name}: {unknown[0]!r} plays a role that this version cannot compile"
         )
-    if refine is not None and select is None:
-        select = refine.alone()
-    for part in (allocate, merge):
+    for part in (refine, allocate):
+        if part is not None and select is None:
+            select = part.alone()
+    if allocate is not None and select is not None:
+        given, select = select, replace(select, budget=allocate.budget)
+        # a method that merges as well plays both roles
+        merge = select if merge is given and isinstance(select, Merge) else merge
+    for part in (divide, merge):
         if part is not None and select is None:
             raise PolicyError(
                 f"{site.name}: {part!r} needs a policy that selects: H2O() | {part!r}, say"
             )
-    ragged = allocate is not None or (select is not None and select.measured)
+    ragged = divide is not None or (select is not None and select.ragged)
     if ragged and isinstance(store, Full):
         store = FlatDense()
-    return SitePlan(site, store, select, allocate, refine, merge)
+    online = allocate if allocate is not None and allocate.online else None
+    return SitePlan(site, store, select, None, online, divide, refine, merge)
 
 
 def _conflict(plan: SitePlan) -> str | None:
@@ -211,13 +273,13 @@ def _conflict(plan: SitePlan) -> str | None:
     select, store, merge = plan.select, plan.store, plan.merge
     if select is None:
         return None
-    ragged = plan.allocate is not None or select.measured
+    ragged = plan.divide is not None or select.ragged
     if ragged and not store.ragged:
         return f"heads that keep different numbers of tokens need a dense cache, not {store!r}"
     if merge is not None and merge.votes and not store.biased:
         return f"votes are added to scores, which attention over {store!r} cannot do"
-    if (plan.allocate is not None or plan.refine is not None) and select.score is None:
+    if (plan.divide is not None or plan.refine is not None) and select.score is None:
         return f"{type(select).__name__} ranks no tokens: choose a method that scores them"
-    if (plan.allocate is not None or plan.refine is not None) and select.select != "select_top":
+    if (plan.divide is not None or plan.refine is not None) and select.select != "select_top":
         return f"{type(select).__name__} has a rule of its own for what stays"
     return None

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -15,7 +16,10 @@ from kvfx.cache import BATCH, CAPACITY, Buffer, Extent
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
 
-ROLES = ("allocate", "select", "refine", "merge", "store", "reuse")
+if TYPE_CHECKING:
+    from kvfx.calibration import Calibration
+
+ROLES = ("allocate", "select", "divide", "refine", "merge", "store", "reuse")
 
 # what may be known about each entry besides its key and value; votes are the log of the number of
 # tokens that an entry stands for
@@ -43,6 +47,14 @@ class Policy(ABC):
     def roles(self) -> tuple[str, ...]:
         """The roles that this policy plays."""
         return (self.role,)
+
+    def resolve(self, calibration: Calibration | None, sites: Sequence[Site]) -> Policy:
+        """The policy that needs no calibration any more: what was measured has become its numbers.
+
+        Raises CalibrationError where a calibration is needed and none is given.
+        """
+        del calibration, sites
+        return self
 
     def for_site(self, site: Site, sites: int) -> Policy:
         """The policy that holds at `site` of a model with `sites` sites (combinators choose;
@@ -148,7 +160,7 @@ class Select(Stage):
     computes what else `score` needs, its `state`, from the queries of a prompt. `rank` names the op
     that turns scores into ranks; `pool` neighbours (mean or max, by `pooling`) are ranked together.
     With `shared`, all KV heads keep the same tokens. Where the data decide how many stay
-    (`measured`), there is no budget.
+    (`measured`), no budget is read: `counts` names the op that says how many.
     """
 
     role: ClassVar[str] = "select"
@@ -156,6 +168,7 @@ class Select(Stage):
     score: ClassVar[str | None] = None
     observe: ClassVar[str | None] = None
     rank: ClassVar[str | None] = None
+    counts: ClassVar[str | None] = None
     shared: ClassVar[bool] = False
     decay: ClassVar[float | None] = None
     pool: int = 1
@@ -167,7 +180,12 @@ class Select(Stage):
     @property
     def measured(self) -> bool:
         """Whether only the data tell how many entries stay."""
-        return False
+        return self.counts is not None
+
+    @property
+    def ragged(self) -> bool:
+        """Whether heads of a row may keep different numbers of entries."""
+        return self.measured and not self.shared
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -181,6 +199,10 @@ class Select(Stage):
     def score_attributes(self, site: Site) -> Attributes:
         """Keyword arguments of the `score` op at `site`."""
         del site
+        return {}
+
+    def count_attributes(self) -> Attributes:
+        """Keyword arguments of the `counts` op."""
         return {}
 
     def observe_attributes(self, site: Site) -> Attributes:
@@ -208,13 +230,13 @@ class Select(Stage):
         wanted = self.budget if isinstance(self.budget, int) else math.ceil(self.budget * tokens)
         return max(wanted, self.least())
 
-    def keeps(self, rows: int, tokens: int) -> int:
-        """How many of `rows` rows stay when budgets refer to `tokens` tokens, per KV head."""
-        return min(rows, self.allowed(tokens))
+    def keeps(self, rows: int, allowed: int) -> int:
+        """How many of `rows` rows stay where `allowed` may, per KV head."""
+        return min(rows, allowed)
 
     def kept(self, tokens: int) -> int:
         """Entries that are there per KV head after a prompt of `tokens` tokens."""
-        return self.keeps(tokens, tokens)
+        return self.keeps(tokens, self.allowed(tokens))
 
     def constraint(self, site: Site) -> str | None:
         """Why this method cannot choose among the tokens of `site`, or None."""
@@ -224,17 +246,52 @@ class Select(Stage):
 
 
 class Allocate(Stage):
-    """How the entries that a row may keep are divided among its KV heads: `allocate` names the op.
+    """How many entries each layer keeps, `budget` on average.
 
-    It takes the score and the count of a uniform division.
+    At compile time it resolves to `LayerBudgets`. One that is `online` decides at the end of each
+    prompt, from the scores of all layers: `allocate` names the op. A select policy says which
+    entries stay; its own budget is not read.
     """
 
     role: ClassVar[str] = "allocate"
     allocate: ClassVar[str]
+    budget: float | int
+
+    @property
+    def online(self) -> bool:
+        """Whether the prompt decides."""
+        return False
+
+    def state(self, site: Site) -> dict[str, Buffer]:
+        """What the first prompt allowed each head [B, K], and how many tokens it had [B, 1]."""
+        if not self.online:
+            return {}
+        return {
+            "allowed": Buffer((BATCH, site.kv_heads), torch.int64),
+            "asked": Buffer((BATCH, 1), torch.int64),
+        }
+
+    def allocate_attributes(self, select: Select) -> Attributes:
+        """Keyword arguments of the `allocate` op, for what `select` keeps."""
+        return {**select.protected(), "least": select.least()}
+
+    @abstractmethod
+    def alone(self) -> Select:
+        """What selects where no select policy is named."""
+
+
+class Divide(Stage):
+    """How the entries that a row may keep are divided among its KV heads: `divide` names the op.
+
+    It takes the score and the count of an even division.
+    """
+
+    role: ClassVar[str] = "divide"
+    divide: ClassVar[str]
 
     @abstractmethod
     def attributes(self, select: Select) -> Attributes:
-        """Keyword arguments of the `allocate` op, for what `select` keeps."""
+        """Keyword arguments of the `divide` op, for what `select` keeps."""
 
 
 class Refine(Stage):
@@ -262,8 +319,9 @@ class Merge(Stage):
     `target` names the op that says into which row each row goes; a select policy that is a merge
     policy as well may choose targets itself (None). `summed` are numbers that entries inherit from
     all their rows. One that asks for attention names its `score` op and `decay`, for select
-    policies that do not. With `votes` they count as often as they stand for tokens. With `turned`,
-    keys are merged at the position of their target.
+    policies that do not; `averaged`, it is that per row which saw the token. With `votes` entries
+    count as often as they stand for tokens. With `turned`, keys are merged at the position of their
+    target.
     """
 
     role: ClassVar[str] = "merge"
@@ -271,6 +329,7 @@ class Merge(Stage):
     merge: ClassVar[str]
     score: ClassVar[str | None] = None
     decay: ClassVar[float | None] = None
+    averaged: ClassVar[bool] = False
     summed: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -310,6 +369,10 @@ class Composition(Policy):
     def roles(self) -> tuple[str, ...]:
         """The roles of all parts."""
         return tuple(role for policy in self.policies for role in policy.roles())
+
+    def resolve(self, calibration: Calibration | None, sites: Sequence[Site]) -> Policy:
+        """Resolve every part."""
+        return compose(*(policy.resolve(calibration, sites) for policy in self.policies))
 
     def for_site(self, site: Site, sites: int) -> Policy:
         """Ask every part for its choice at `site`."""

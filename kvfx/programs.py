@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
 
 from kvfx.emit import Emitter
 from kvfx.stages import (
+    Chosen,
     Rows,
+    allocate,
     attention_of,
     compress_rows,
     merge_rows,
     moves_keys,
     numbers_of,
+    observe,
+    ranks_of,
     rotate_to_entries,
 )
 
@@ -26,12 +30,46 @@ def prefill(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
     site, positions = emit.plan.site, emit.position_ids
     out = emit.op("attend_prompt", q, k, v, positions, scale=site.scale, window=site.window)
     rows = Rows(k, v, emit.live(), q, {})
-    chosen = compress_rows(emit, rows)
+    if emit.plan.allocate is None:
+        chosen = compress_rows(emit, rows)
+    else:
+        # until all layers are known, everything stays: see `allocate_layers`
+        observe(emit, rows)
+        chosen = Chosen(rows.live, attention_of(emit, rows), None, None)
     numbers = numbers_of(emit, rows, chosen)
-    k, v = merge_rows(emit, rows, chosen)
+    if emit.plan.allocate is None:
+        k, v = merge_rows(emit, rows, chosen)
     k = rotate_to_entries(emit, (k,), chosen.keep, positions, None)[0]
     _store(emit, k, v, chosen.keep, numbers)
     return out
+
+
+def allocate_layers(emits: Sequence[Emitter]) -> None:
+    """At the end of a prompt: divide the budget among layers by the scores of all of them, and
+    compress each.
+    """
+    first = emits[0]
+    allocation, select, site = first.plan.allocate, first.plan.select, first.plan.site
+    assert allocation is not None
+    assert select is not None
+    every = [_held_rows(emit, in_place=_in_place(emit)) for emit in emits]
+    ranks = [
+        emit.call(aten.mean.dim, ranks_of(emit, rows, attention_of(emit, rows)), [1])
+        for emit, rows in zip(emits, every, strict=True)
+    ]
+    score = first.call(aten.stack.default, ranks)
+    live = first.call(aten.select.int, every[0].live, 1, 0)
+    mean = first.call(aten.select.int, allocate(first, select), 1, 0)
+    total = first.call(aten.mul.Tensor, mean, len(emits))
+    attributes = allocation.allocate_attributes(select)
+    counts = first.op(allocation.allocate, score, live, total, **attributes)
+    for layer, (emit, rows) in enumerate(zip(emits, every, strict=True)):
+        count = emit.call(aten.slice.Tensor, counts, 1, layer, layer + 1)
+        count = emit.call(aten.expand.default, count, [-1, site.kv_heads])
+        emit.call(aten.copy_.default, emit.inputs["allowed"], count)
+        asked = emit.call(aten.unsqueeze.default, emit.tokens, 1)
+        emit.call(aten.copy_.default, emit.inputs["asked"], asked)
+        _rewrite(emit, rows, compress_rows(emit, rows, count=count))
 
 
 def extend(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
@@ -81,16 +119,23 @@ def masked(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node) -> 
 
 def compact(emit: Emitter) -> None:
     """Flush what is due, or evict and merge entries."""
-    store, select, merge = emit.plan.store, emit.plan.select, emit.plan.merge
-    if select is None:
-        if store.flushes:
-            emit.room("flush")
-        return
-    in_place = store.compacts and merge is None
-    rows = _held_rows(emit, in_place=in_place)
-    chosen = compress_rows(emit, rows, interval=select.interval)
-    if in_place:
-        starts = emit.counts if store.ragged else ()
+    select = emit.plan.select
+    if select is not None:
+        rows = _held_rows(emit, in_place=_in_place(emit))
+        _rewrite(emit, rows, compress_rows(emit, rows, interval=select.interval))
+    elif emit.plan.store.flushes:
+        emit.room("flush")
+
+
+def _in_place(emit: Emitter) -> bool:
+    """Whether kept entries are moved together, and none of them is changed."""
+    return emit.plan.store.compacts and emit.plan.merge is None
+
+
+def _rewrite(emit: Emitter, rows: Rows, chosen: Chosen) -> None:
+    """Leave only the chosen entries, with what they took in."""
+    if _in_place(emit):
+        starts = emit.counts if emit.plan.store.ragged else ()
         for name in emit.plan.numbers:
             emit.op(f"compact_entries{emit.suffix}", chosen.keep, *starts, emit.inputs[name])
         rope = emit.plan.site.rope if moves_keys(emit) else None

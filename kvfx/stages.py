@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from kvfx.emit import Emitter
+from kvfx.policy import Attributes, Select
 
 aten = torch.ops.aten
 
@@ -40,20 +41,26 @@ class Chosen:
     target: fx.Node | None
 
 
-def compress_rows(emit: Emitter, rows: Rows, *, interval: int | None = None) -> Chosen:
-    """Decide which rows stay. With an `interval`, rows of the batch wait until they hold so many
-    entries more than they may.
+def compress_rows(
+    emit: Emitter, rows: Rows, *, interval: int | None = None, count: fx.Node | None = None
+) -> Chosen:
+    """Decide which rows stay: `count` [B, K] of them, or as many as budgets say. With an
+    `interval`, rows of the batch wait until they hold so many entries more than they may.
     """
     plan, select = emit.plan, emit.plan.select
     if select is None:
         return Chosen(rows.live, None, None, None)
     attention = attention_of(emit, rows)
-    rank = _ranks(emit, rows, attention)
-    count = _count(emit, rows.live, interval)
+    rank = ranks_of(emit, rows, attention)
+    if select.counts is not None:
+        asked = {**_operands(emit, rows), "score": rank}
+        count = emit.named(select.counts, asked, select.count_attributes())
+    elif count is None:
+        count = _count(emit, rows.live, interval)
     known = {**_operands(emit, rows), "score": rank, "count": count}
-    if plan.allocate is not None:
-        allocated = emit.named(plan.allocate.allocate, known, plan.allocate.attributes(select))
-        known["count"] = allocated
+    if plan.divide is not None:
+        divided = emit.named(plan.divide.divide, known, plan.divide.attributes(select))
+        known["count"] = divided
     chosen = emit.named(select.select, known, select.attributes())
     if plan.merge is not None and plan.merge is select and plan.merge.target is None:
         return Chosen(emit.op("lead_rows", chosen), attention, rank, chosen)
@@ -87,12 +94,16 @@ def merge_rows(emit: Emitter, rows: Rows, chosen: Chosen) -> tuple[fx.Node, fx.N
         assert chosen.target is not None
         shift = emit.op("target_shift", chosen.target, _positions(emit, rows))
         k = turn(emit, k, shift)
+    attention = chosen.attention
+    if merge.averaged:
+        seen = {**_operands(emit, rows), "score": attention}
+        attention = emit.named("average_attention", seen, {})
     known = {
         **_operands(emit, rows),
         "k": k,
         "keep": chosen.keep,
         "target": chosen.target,
-        "score": chosen.attention,
+        "score": attention,
         "weight": chosen.rank,
     }
     merged = emit.named(merge.merge, known, merge.merge_attributes(emit.plan.site))
@@ -104,9 +115,11 @@ def numbers_of(emit: Emitter, rows: Rows, chosen: Chosen) -> dict[str, fx.Node]:
     merge, target = emit.plan.merge, chosen.target
     out = {}
     for name in emit.plan.numbers:
-        summed = merge is not None and name in merge.summed
+        summed = merge is not None and target is not None and name in merge.summed
         if name == "votes":
-            assert target is not None
+            if target is None:
+                # each row stands for itself, as an empty buffer says
+                continue
             out[name] = emit.op("merge_votes", target, rows.numbers.get("votes"))
             continue
         number = _positions(emit, rows) if name == "position" else chosen.attention
@@ -162,7 +175,22 @@ def _operands(emit: Emitter, rows: Rows) -> dict[str, fx.Node | None]:
     }
 
 
-def _ranks(emit: Emitter, rows: Rows, attention: fx.Node | None) -> fx.Node | None:
+def observe(emit: Emitter, rows: Rows) -> dict[str, fx.Node | None]:
+    """What the select policy wants to know about the queries of a prompt, which it remembers."""
+    select, site = emit.plan.select, emit.plan.site
+    if select is None or select.observe is None or rows.q is None:
+        return {}
+    known = _operands(emit, rows)
+    known |= {"position_ids": emit.position_ids, "frequencies": emit.frequencies()}
+    values = emit.named(select.observe, known, select.observe_attributes(site))
+    seen: dict[str, fx.Node | None] = {}
+    for index, name in enumerate(select.state(site)):
+        seen[name] = emit.item(values, index)
+        emit.call(aten.copy_.default, emit.inputs[name], seen[name])
+    return seen
+
+
+def ranks_of(emit: Emitter, rows: Rows, attention: fx.Node | None) -> fx.Node | None:
     """What the select policy ranks rows by, as its rule compares them; None where position
     decides.
     """
@@ -170,13 +198,7 @@ def _ranks(emit: Emitter, rows: Rows, attention: fx.Node | None) -> fx.Node | No
     assert select is not None
     if select.score is None:
         return None
-    known = {**_operands(emit, rows), "score": attention}
-    if select.observe is not None and rows.q is not None:
-        known |= {"position_ids": emit.position_ids, "frequencies": emit.frequencies()}
-        seen = emit.named(select.observe, known, select.observe_attributes(site))
-        for index, name in enumerate(select.state(site)):
-            known[name] = emit.item(seen, index)
-            emit.call(aten.copy_.default, emit.inputs[name], known[name])
+    known = {**_operands(emit, rows), **observe(emit, rows), "score": attention}
     score = attention
     if select.decay is None:
         score = emit.named(select.score, known, select.score_attributes(site))
@@ -191,19 +213,38 @@ def _count(emit: Emitter, live: fx.Node, interval: int | None) -> fx.Node:
     """Entries that each row and head may keep."""
     select = emit.plan.select
     assert select is not None
-    counted = isinstance(select.budget, int)
-    count = emit.op(
-        "allocate_uniform",
-        emit.tokens,
-        kv_heads=emit.plan.site.kv_heads,
-        fraction=1.0 if counted else select.budget,
-        entries=select.budget if counted else 0,
-        least=select.least(),
-    )
+    if emit.plan.allocate is not None:
+        count = emit.inputs["allowed"]
+        if isinstance(select.budget, float):
+            count = emit.op("allocate_again", count, emit.inputs["asked"], emit.tokens)
+    else:
+        count = allocate(emit, select)
     if interval is None:
         return count
     # a row that has not reached its limit waits, whatever its neighbours do
     return emit.op("hold_back", live, count, interval=interval)
+
+
+def allocate(emit: Emitter, select: Select) -> fx.Node:
+    """Entries that each row and head may keep by the budget, [B, K]."""
+    counted, share = isinstance(select.budget, int), emit.plan.share
+    budget: Attributes = {
+        "kv_heads": emit.plan.site.kv_heads,
+        "fraction": 1.0 if counted else select.budget,
+        "entries": select.budget if counted else 0,
+        "least": select.least(),
+    }
+    if share is None:
+        return emit.op("allocate_uniform", emit.tokens, **budget)
+    protected = select.protected()
+    return emit.op(
+        "share_entries",
+        emit.tokens,
+        **budget,
+        protected=protected["sinks"] + protected["recent"],
+        shares=list(share.shares),
+        layer=share.layer,
+    )
 
 
 def _positions(emit: Emitter, rows: Rows) -> fx.Node:

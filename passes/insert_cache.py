@@ -12,7 +12,7 @@ from kvfx.emit import Emitter, add_buffer_inputs, add_tokens_input
 from kvfx.graph import Graph, Level, call, operand, replace
 from kvfx.pass_manager import Pass, Statistics
 from kvfx.plan import Plan
-from kvfx.programs import PROGRAMS, compact, masked
+from kvfx.programs import PROGRAMS, allocate_layers, compact, masked
 from kvfx.provenance import Stamp, origin
 
 aten = torch.ops.aten
@@ -47,7 +47,7 @@ class InsertCache(Pass):
             _hide_padding(graph)
         selects = self.plan.selects and self.program in ("prefill", "compact")
         tokens = add_tokens_input(graph) if selects else None
-        attentions, known = _attentions(graph), {}
+        attentions, known, online = _attentions(graph), {}, []
         for site in self.plan.sites:
             inputs = add_buffer_inputs(graph, site, known)
             emit = Emitter(graph, site, inputs, tokens, self.name)
@@ -63,6 +63,11 @@ class InsertCache(Pass):
                 else:
                     out = masked(emit, *(operand(attention, i) for i in range(4)))
             replace(attention, out)
+            if self.program == "prefill" and site.allocate is not None:
+                online.append(emit)
+        if online:
+            with graph.module.graph.inserting_before(_output(graph)):
+                allocate_layers(online)
         if self.program == "compact":
             for name in ("input_ids", "position_ids", "logits_index"):
                 graph.module.graph.erase_node(graph.input(name))

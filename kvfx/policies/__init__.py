@@ -6,9 +6,12 @@ import difflib
 
 from kvfx.errors import PolicyError
 from kvfx.policies.ada_kv import AdaKV
+from kvfx.policies.cake import CAKE
 from kvfx.policies.cam import CaM
 from kvfx.policies.chunk_kv import ChunkKV
 from kvfx.policies.d2o import D2O
+from kvfx.policies.dbudget_kv import DBudgetKV
+from kvfx.policies.dynamic_kv import DynamicKV
 from kvfx.policies.expected_attention import ExpectedAttention
 from kvfx.policies.full import Full
 from kvfx.policies.h2o import H2O
@@ -17,13 +20,23 @@ from kvfx.policies.kivi import KIVI
 from kvfx.policies.knorm import KNorm
 from kvfx.policies.kv_crush import KVCrush
 from kvfx.policies.kv_merger import KVMerger
+from kvfx.policies.kv_tuner import KVTuner
+from kvfx.policies.layer_budgets import LayerBudgets
+from kvfx.policies.meda import MEDA
 from kvfx.policies.parse import parse_policy
 from kvfx.policies.per_layer import PerLayer
+from kvfx.policies.prefix_kv import PrefixKV, PrefixTokens
+from kvfx.policies.pyramid_kv import PyramidKV
 from kvfx.policies.snapkv import SnapKV
+from kvfx.policies.squeeze_attention import SqueezeAttention
 from kvfx.policies.streaming_llm import StreamingLLM
 from kvfx.policies.tova import TOVA
+from kvfx.policies.uncomp import UNComp
+from kvfx.policies.uniform import Uniform
 from kvfx.policies.weighted_kv import WeightedKV
 from kvfx.policies.window_ring import WindowRing
+from kvfx.policies.xkv import XKV
+from kvfx.policies.zip_vl import ZipVL
 from kvfx.policy import Policy
 
 METHODS: tuple[type[Policy], ...] = (
@@ -43,6 +56,20 @@ METHODS: tuple[type[Policy], ...] = (
     CaM,
     D2O,
     WeightedKV,
+    Uniform,
+    PyramidKV,
+    PrefixKV,
+    PrefixTokens,
+    XKV,
+    DynamicKV,
+    CAKE,
+    SqueezeAttention,
+    UNComp,
+    MEDA,
+    ZipVL,
+    DBudgetKV,
+    LayerBudgets,
+    KVTuner,
     PerLayer,
 )
 
@@ -66,26 +93,39 @@ PRESETS: dict[str, Policy] = {
 }
 
 __all__ = [
+    "CAKE",
     "D2O",
     "H2O",
     "KIVI",
+    "MEDA",
     "METHODS",
     "PRESETS",
     "TOVA",
+    "XKV",
     "AdaKV",
     "CaM",
     "ChunkKV",
+    "DBudgetKV",
+    "DynamicKV",
     "ExpectedAttention",
     "Full",
     "KNorm",
     "KVCrush",
     "KVMerger",
+    "KVTuner",
     "KeyDiff",
+    "LayerBudgets",
     "PerLayer",
+    "PrefixKV",
+    "PyramidKV",
     "SnapKV",
+    "SqueezeAttention",
     "StreamingLLM",
+    "UNComp",
+    "Uniform",
     "WeightedKV",
     "WindowRing",
+    "ZipVL",
     "policy_named",
 ]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvfx.policy import Allocate, Attributes, Select, check_fraction
+from kvfx.policy import Attributes, Divide, Select, check_fraction
 
 
 @dataclass(frozen=True)
-class AdaKV(Allocate):
+class AdaKV(Divide):
     """Divide the entries of a row among its KV heads: the best-scored rows of all heads stay, and
     each head keeps at least `floor` of its even share. Use it with a method that scores tokens:
     `SnapKV(0.25) | AdaKV()`.
@@ -24,7 +24,7 @@ class AdaKV(Allocate):
 
     floor: float = 0.2
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.11550"
-    allocate: ClassVar[str] = "allocate_heads"
+    divide: ClassVar[str] = "allocate_heads"
 
     def __post_init__(self) -> None:
         check_fraction("AdaKV", "floor", self.floor)

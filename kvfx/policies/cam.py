@@ -18,11 +18,12 @@ class CaM(Merge):
     Source: Zhang et al., "CaM: Cache Merging for Memory-efficient LLMs Inference" (ICML 2024),
     and its code.
 
-    Exact: the probability is the attention that the token got over the mean of what its targets
-    got, at most 1; the value is divided by their number. The three published code paths disagree
-    about that mean; this is the one for perplexity. Different: values go straight to tokens that
-    stay, not from one evicted token to the next. Draws depend on `seed`, the token's position and
-    the head, not on the batch.
+    Exact: the probability is the mean attention that the token got over that of its targets, at
+    most 1; the value is divided by their number. The three published code paths disagree about what
+    is compared; attention per row that saw the token is compared here, since sums grow with age
+    (compared with sums, the newest tokens drown in values that are added to them). Different:
+    values go straight to tokens that stay, not from one evicted token to the next. Draws depend on
+    `seed`, the token's position and the head, not on the batch.
     """
 
     targets: int = 32
@@ -31,6 +32,7 @@ class CaM(Merge):
     merge: ClassVar[str] = "merge_ahead"
     score: ClassVar[str] = "score_columns"
     decay: ClassVar[float] = 1.0
+    averaged: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_at_least("CaM", "targets", self.targets, 1)

@@ -51,9 +51,8 @@ class ChunkKV(Select):
         """The window and a chunk."""
         return self.window + self.chunk
 
-    def keeps(self, rows: int, tokens: int) -> int:
+    def keeps(self, rows: int, allowed: int) -> int:
         """The window, what is left of the last chunk, and whole chunks."""
-        allowed = self.allowed(tokens)
         if rows <= allowed:
             return rows
         tail = self.window + (rows - self.window) % self.chunk

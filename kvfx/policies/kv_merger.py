@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
@@ -135,6 +135,10 @@ class KVMerger(Select, Merge):
             "heavy": float(self.heavy),
             "linkage": self.linkage,
         }
+
+    def protected(self) -> dict[str, Any]:
+        """The sinks; `recent` and `heavy` are parts of the prompt."""
+        return {"sinks": self.sinks, "recent": 0, "share": 0.0}
 
     def score_attributes(self, site: Site) -> Attributes:
         """The scale of the site's scores."""

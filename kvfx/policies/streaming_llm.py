@@ -23,8 +23,8 @@ class StreamingLLM(Select):
     attention is dense, as for every policy here, and only then trimmed.
     """
 
-    sinks: int = 4
     budget: float | int = 0.25
+    sinks: int = 4
     interval: int = 64
     positions: str = "cache"
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.17453"

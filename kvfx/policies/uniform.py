@@ -1,0 +1,38 @@
+"""Uniform: every layer keeps as many entries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from kvfx.geometry import Site
+from kvfx.policies.h2o import H2O
+from kvfx.policies.layer_budgets import LayerBudgets
+from kvfx.policy import Allocate, Select, check_budget
+
+if TYPE_CHECKING:
+    from kvfx.calibration import Calibration
+
+
+@dataclass(frozen=True)
+class Uniform(Allocate):
+    """Keep `budget` entries in every layer: what the other allocators are measured against.
+
+    Alone, heavy hitters stay (`H2O`).
+    """
+
+    budget: float | int = 0.25
+    paper: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        check_budget("Uniform", self.budget)
+
+    def resolve(self, calibration: Calibration | None, sites: Sequence[Site]) -> LayerBudgets:
+        """Equal shares."""
+        del calibration
+        return LayerBudgets(self.budget, (1.0,) * len(sites))
+
+    def alone(self) -> Select:
+        """Heavy hitters."""
+        return H2O(budget=self.budget)

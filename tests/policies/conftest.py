@@ -1,0 +1,29 @@
+"""What tests of allocators share: a small model, and what was measured of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kvfx
+from kvfx.calibration import Calibration
+from kvfx.testing.tiny import VOCAB, tiny_llama
+
+LAYERS = 5
+
+
+@pytest.fixture(scope="session")
+def small():
+    """A Llama of five layers whose attention differs from layer to layer."""
+    model = tiny_llama(layers=LAYERS, head_dim=32)
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.q_proj.weight.mul_(0.5 + 0.5 * index)
+    return model
+
+
+@pytest.fixture(scope="session")
+def calibration(small) -> Calibration:
+    """Two prompts of 96 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, VOCAB, (96,), generator=generator) for _ in range(2)]
+    return kvfx.calibrate(small, prompts, tokens=96)
