@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from kvfx.capture import capture
-from kvfx.errors import UnmatchedAttention, UnsupportedShape
+from kvfx.errors import CalibrationError, UnmatchedAttention, UnsupportedShape
+from kvfx.geometry import Site
 from kvfx.graph import Graph
 from kvfx.op_table import BACKENDS
 from kvfx.pass_manager import Trail, run_passes
@@ -146,7 +147,7 @@ def lower(
             f"understood:\n{reasons}\n{remedy}"
         )
     if calibration is not None:
-        calibration.check(model, raised.sites)
+        _check(calibration, model, raised.sites)
     plan = make_plan(policy, raised.sites, strict=strict, calibration=calibration)
     device = raised.sites[0].device
     target = Target(_backend(backend, device), inductor_cpu=compile and device.type == "cpu")
@@ -156,6 +157,18 @@ def lower(
         if program != "compact" or plan.compacts
     }
     return Lowered(plan, captured, raised, graphs, target, trail)
+
+
+def _check(calibration: Calibration, model: PreTrainedModel, sites: tuple[Site, ...]) -> None:
+    """Raise a CalibrationError unless it is one, and was measured on `model`."""
+    from kvfx.calibration import Calibration
+
+    if not isinstance(calibration, Calibration):
+        raise CalibrationError(
+            f"calibration={calibration!r} is none: write one with kvfx.calibrate(model), or read "
+            "one with kvfx.Calibration.load(path)"
+        )
+    calibration.check(model, sites)
 
 
 def _backend(backend: str, device: torch.device) -> str:

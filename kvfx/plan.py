@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from kvfx.budgets.rounding import share_entries
 from kvfx.cache import Buffer
@@ -14,10 +13,19 @@ from kvfx.policies.full import Full
 from kvfx.policies.layer_budgets import LayerBudgets
 from kvfx.policies.masked_dense import MaskedDense
 from kvfx.policies.window_ring import WindowRing
-from kvfx.policy import NUMBERS, Allocate, Divide, Merge, Policy, Refine, Select, Stage, Store
-
-if TYPE_CHECKING:
-    from kvfx.calibration import Calibration
+from kvfx.policy import (
+    NUMBERS,
+    Allocate,
+    Divide,
+    Measurements,
+    Merge,
+    Policy,
+    Refine,
+    Select,
+    Stage,
+    Store,
+    compose,
+)
 
 
 @dataclass(frozen=True)
@@ -31,8 +39,8 @@ class Share:
         """Entries that the layer may keep of a prompt of `tokens` tokens, where the layers may keep
         what `select` says on average: `kvfx.share_entries` on the host.
         """
-        counted, protected = isinstance(select.budget, int), select.protected()
-        fraction, entries = (1.0, select.budget) if counted else (select.budget, 0)
+        budget, protected = select.budget, select.protected()
+        entries, fraction = (budget, 1.0) if isinstance(budget, int) else (0, budget)
         held = protected["sinks"] + protected["recent"]
         return share_entries(tokens, fraction, entries, held, select.least(), self.shares)[
             self.layer
@@ -189,7 +197,7 @@ def make_plan(
     sites: tuple[Site, ...],
     *,
     strict: bool = True,
-    calibration: Calibration | None = None,
+    calibration: Measurements | None = None,
 ) -> Plan:
     """Decide what each site does under `policy`, as the `calibration` of the model says where the
     policy asks for one.
@@ -197,6 +205,9 @@ def make_plan(
     Sliding-window sites keep a ring of their window. A site that a policy cannot serve raises
     UnsupportedShape, or stays `Full()` with a note when `strict` is False.
     """
+    allocate = next((part for part in policy.parts() if isinstance(part, Allocate)), None)
+    if allocate is not None and "select" not in policy.roles():
+        policy = compose(policy, allocate.alone())
     policy = policy.resolve(calibration, sites)
     plans = [_plan_site(policy, site, len(sites), strict) for site in sites]
     budgets = next((part for part in policy.parts() if isinstance(part, LayerBudgets)), None)
@@ -249,13 +260,13 @@ def _assign_roles(everywhere: Policy, policy: Policy, site: Site) -> SitePlan:
         raise PolicyError(
             f"{site.name}: {unknown[0]!r} plays a role that this version cannot compile"
         )
-    for part in (refine, allocate):
-        if part is not None and select is None:
-            select = part.alone()
+    if refine is not None and select is None:
+        select = refine.alone()
     if allocate is not None and select is not None:
-        given, select = select, replace(select, budget=allocate.budget)
+        given, select = select, select.with_budget(allocate.budget)
         # a method that merges as well plays both roles
-        merge = select if merge is given and isinstance(select, Merge) else merge
+        if merge is given and isinstance(select, Merge):
+            merge = select
     for part in (divide, merge):
         if part is not None and select is None:
             raise PolicyError(

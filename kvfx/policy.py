@@ -4,26 +4,45 @@ them.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
+from torch import Tensor
 
 from kvfx.cache import BATCH, CAPACITY, Buffer, Extent
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
-
-if TYPE_CHECKING:
-    from kvfx.calibration import Calibration
 
 ROLES = ("allocate", "select", "divide", "refine", "merge", "store", "reuse")
 
 # what may be known about each entry besides its key and value; votes are the log of the number of
 # tokens that an entry stands for
 NUMBERS = {"score": torch.float32, "position": torch.int32, "votes": torch.float32}
+
+
+class Measurements(Protocol):
+    """What was measured of a model (`kvfx.calibrate`): statistics [P, L, ...] of prompts and
+    sites by name, NaN where nothing was; `tokens` is the length of the prompts.
+    """
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of the model's sites."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens of a prompt."""
+        ...
+
+    def statistic(self, name: str) -> Tensor:
+        """One statistic."""
+        ...
 
 
 class Policy(ABC):
@@ -48,7 +67,7 @@ class Policy(ABC):
         """The roles that this policy plays."""
         return (self.role,)
 
-    def resolve(self, calibration: Calibration | None, sites: Sequence[Site]) -> Policy:
+    def resolve(self, calibration: Measurements | None, sites: Sequence[Site]) -> Policy:
         """The policy that needs no calibration any more: what was measured has become its numbers.
 
         Raises CalibrationError where a calibration is needed and none is given.
@@ -210,6 +229,10 @@ class Select(Stage):
         del site
         return {}
 
+    def with_budget(self, budget: float | int) -> Select:
+        """The same method with another budget."""
+        return dataclasses.replace(cast(Any, self), budget=budget)
+
     def protected(self) -> dict[str, Any]:
         """The rows that always stay: `sinks`, `recent`, and the `share` of the count that is for
         the newest.
@@ -370,7 +393,7 @@ class Composition(Policy):
         """The roles of all parts."""
         return tuple(role for policy in self.policies for role in policy.roles())
 
-    def resolve(self, calibration: Calibration | None, sites: Sequence[Site]) -> Policy:
+    def resolve(self, calibration: Measurements | None, sites: Sequence[Site]) -> Policy:
         """Resolve every part."""
         return compose(*(policy.resolve(calibration, sites) for policy in self.policies))
 

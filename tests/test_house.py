@@ -18,7 +18,15 @@ LEVEL_0 = ("torch", "kvfx.errors")
 LEVEL_1 = (*LEVEL_0, "kvfx.geometry", "kvfx.op_table", "kvfx.ops")
 LEVEL_2 = (*LEVEL_1, "sympy", "kvfx.graph", "kvfx.provenance", "kvfx.text", "kvfx.cache")
 LEVEL_3 = (*LEVEL_2, "kvfx.policy", "kvfx.verify", "kvfx.pass_manager")
-LEVEL_5 = (*LEVEL_3, "kvfx.policies", "kvfx.passes", "kvfx.capture", "kvfx.plan", "kvfx.memory")
+LEVEL_5 = (
+    *LEVEL_3,
+    "kvfx.budgets",
+    "kvfx.policies",
+    "kvfx.passes",
+    "kvfx.capture",
+    "kvfx.plan",
+    "kvfx.memory",
+)
 LAW: dict[str, tuple[str, ...]] = {
     "kvfx.kernels": ("torch", "kvfx.errors", "kvfx.kernels.common"),
     "kvfx.errors": (),
@@ -33,7 +41,9 @@ LAW: dict[str, tuple[str, ...]] = {
     "kvfx.policy": LEVEL_3,
     "kvfx.verify": LEVEL_3,
     "kvfx.pass_manager": LEVEL_3,
-    "kvfx.policies": (*LEVEL_3, "kvfx.policies"),
+    # shares and counts from what was measured, as plain numbers
+    "kvfx.budgets": ("torch", "kvfx.errors", "kvfx.budgets"),
+    "kvfx.policies": (*LEVEL_3, "kvfx.policies", "kvfx.budgets"),
     # a pass is given the plan: data that was computed before
     "kvfx.emit": (*LEVEL_3, "kvfx.plan"),
     "kvfx.stages": (*LEVEL_3, "kvfx.emit"),
@@ -50,6 +60,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "kvfx.capture": (*LEVEL_5, "transformers"),
     "kvfx.plan": LEVEL_5,
     "kvfx.memory": LEVEL_5,
+    "kvfx.calibration": ("torch", "transformers", "safetensors", "kvfx"),
     "kvfx.models": ("torch", "transformers", "safetensors", "rich", "kvfx.errors"),
     # what users touch; the rooms below are at home here
     "kvfx": ("torch", "sympy", "rich", "typer", "transformers", "kvfx"),

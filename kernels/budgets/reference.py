@@ -25,7 +25,8 @@ def share_entries(
     when it is 0).
 
     Every layer has its `protected` entries; shares divide the others, but no layer gets fewer than
-    `least` or more than its tokens. The sum over layers is that of uniform budgets, exactly.
+    `least` or more than its tokens, or than a uniform budget where that is more. The sum over
+    layers is that of uniform budgets, exactly.
     """
     layers = len(shares)
     wanted = (
@@ -33,17 +34,24 @@ def share_entries(
         if entries
         else torch.ceil(tokens.double() * fraction).long()
     )
-    each = torch.minimum(wanted.clamp(min=least), tokens)
-    held = each.clamp(max=protected)
-    bottom = torch.minimum((least - held).clamp(min=0), tokens - held)
+    each = wanted.clamp(min=least)
+    most, held = torch.maximum(tokens, each), each.clamp(max=protected)
+    bottom = (least - held).clamp(min=0)
     weights = torch.tensor(whole_shares(shares)).to(tokens.device, non_blocking=True)
     divided = apportion(
         (each - held) * layers,
         weights,
         bottom[:, None].expand(-1, layers),
-        (tokens - held)[:, None].expand(-1, layers),
+        (most - held)[:, None].expand(-1, layers),
     )
     return (held + divided[:, layer])[:, None].repeat(1, kv_heads)
+
+
+def allocate_again(allowed: Tensor, asked: Tensor, tokens: Tensor) -> Tensor:
+    """Entries [B, K] that a longer conversation may keep where the first prompt, of asked [B, 1]
+    tokens, allowed that many: in proportion to tokens [B], rounded to the nearest.
+    """
+    return (2 * allowed * tokens[:, None] + asked) // (2 * asked).clamp(min=1)
 
 
 def whole_shares(shares: Sequence[float]) -> list[int]:

@@ -40,7 +40,7 @@ def tuned_pairs(
     if not layers:
         return (EXACT,) * len(errors)
     # sums of key and value bits: twice the mean
-    limit = math.floor(2 * bits * len(errors) + 1e-6) 
+    limit = math.floor(2 * bits * len(errors) + 1e-6) - sum(EXACT) * (len(errors) - len(layers))
     costs = torch.tensor([[k + v for k, v in pairs]] * len(layers))
     chosen = cheapest_errors(errors[layers], costs, limit, cells=max(limit, 1))
     found = {layer: pairs[option] for layer, option in zip(layers, chosen, strict=True)}

@@ -20,12 +20,12 @@ def share_entries(
     budgets (`entries`, or that `fraction` of the tokens when it is 0), exactly.
 
     Every layer has its `protected` entries; shares divide the others, but no layer gets fewer than
-    `least` or more than its tokens.
+    `least` or more than its tokens, or than a uniform budget where that is more.
     """
-    each = min(max(entries or math.ceil(tokens * fraction), least), tokens)
-    held = min(each, protected)
-    bottom = min(max(least - held, 0), tokens - held)
-    divided = largest_remainder(shares, (each - held) * len(shares), bottom, tokens - held)
+    each = max(entries or math.ceil(tokens * fraction), least)
+    most, held = max(tokens, each), min(each, protected)
+    bottom = max(least - held, 0)
+    divided = largest_remainder(shares, (each - held) * len(shares), bottom, most - held)
     return tuple(held + count for count in divided)
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from kvfx.budgets.cake import cake_shares
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
 from kvfx.policies.layer_budgets import LayerBudgets, shares_by
 from kvfx.policies.snapkv import SnapKV
-from kvfx.policy import Allocate, Select, check_budget
-
-if TYPE_CHECKING:
-    from kvfx.calibration import Calibration
+from kvfx.policy import Allocate, Measurements, Select, check_budget
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class CAKE(Allocate):
         if not (self.tau1 > 0.0 and self.tau2 > 0.0):
             raise PolicyError(f"CAKE(tau1={self.tau1!r}, tau2={self.tau2!r}): both are positive")
 
-    def resolve(self, calibration: Calibration | None, sites: Sequence[Site]) -> LayerBudgets:
+    def resolve(self, calibration: Measurements | None, sites: Sequence[Site]) -> LayerBudgets:
         """The layers' preferences."""
         return shares_by(
             self,

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from kvfx.budgets.marginal import dynamic_shares
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
 from kvfx.policies.layer_budgets import LayerBudgets, fraction_of, shares_by
 from kvfx.policies.snapkv import SnapKV
-from kvfx.policy import Allocate, Select, check_budget
-
-if TYPE_CHECKING:
-    from kvfx.calibration import Calibration
+from kvfx.policy import Allocate, Measurements, Select, check_budget
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class DynamicKV(Allocate):
         if not self.most >= 1.0:
             raise PolicyError(f"DynamicKV(most={self.most!r}): at least 1")
 
-    def resolve(self, calibration: Calibration | None, sites: Sequence[Site]) -> LayerBudgets:
+    def resolve(self, calibration: Measurements | None, sites: Sequence[Site]) -> LayerBudgets:
         """The layers' parts of the best tokens of all."""
         fraction = fraction_of(self, calibration)
         return shares_by(

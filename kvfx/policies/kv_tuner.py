@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from kvfx.budgets.precision import EXACT, PAIRS, tuned_pairs
 from kvfx.errors import PolicyError
@@ -14,10 +14,7 @@ from kvfx.policies.full import Full
 from kvfx.policies.kivi import KIVI
 from kvfx.policies.layer_budgets import calibrated
 from kvfx.policies.per_layer import PerLayer
-from kvfx.policy import Policy
-
-if TYPE_CHECKING:
-    from kvfx.calibration import Calibration
+from kvfx.policy import Measurements, Policy
 
 CANDIDATES = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
 
@@ -54,13 +51,13 @@ class KVTuner(Policy):
         if self.power < 1:
             raise PolicyError(f"KVTuner(power={self.power!r}): at least 1")
 
-    def resolve(self, calibration: Calibration | None, sites: Sequence[Site]) -> Policy:
+    def resolve(self, calibration: Measurements | None, sites: Sequence[Site]) -> Policy:
         """One `KIVI` per layer."""
         calibration, known = calibrated(self, calibration, sites)
         exact = [
             known.index(layer % len(sites)) for layer in self.exact if layer % len(sites) in known
         ]
-        errors = calibration.quantization_error[:, known]
+        errors = calibration.statistic("quantization_error")[:, known]
         chosen = tuned_pairs(errors, self.bits, pairs=self.pairs, exact=exact, power=self.power)
         stores = {layer: self.store(pair) for layer, pair in zip(known, chosen, strict=True)}
         default = Counter(stores.values()).most_common(1)[0][0]

@@ -5,15 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from kvfx.errors import CalibrationError, PolicyError
 from kvfx.geometry import Site
 from kvfx.policies.h2o import H2O
-from kvfx.policy import Allocate, Policy, Select, check_budget
-
-if TYPE_CHECKING:
-    from kvfx.calibration import Calibration
+from kvfx.policy import Allocate, Measurements, Policy, Select, check_budget
 
 
 @dataclass(frozen=True)
@@ -52,8 +48,8 @@ class LayerBudgets(Allocate):
 
 
 def calibrated(
-    policy: Policy, calibration: Calibration | None, sites: Sequence[Site]
-) -> tuple[Calibration, list[int]]:
+    policy: Policy, calibration: Measurements | None, sites: Sequence[Site]
+) -> tuple[Measurements, list[int]]:
     """The calibration that `policy` needs, and the indices of the sites that it knows.
 
     Raises CalibrationError where there is none, or none for these sites.
@@ -69,13 +65,13 @@ def calibrated(
             f"the calibration is of {len(calibration.sites)} sites, the model has {len(names)}, or "
             "others: calibrate this model"
         )
-    known = calibration.retention.isfinite().all(-1).all(0)
+    known = calibration.statistic("retention").isfinite().all(-1).all(0)
     return calibration, [index for index in range(len(sites)) if bool(known[index])]
 
 
 def shares_by(
     policy: Allocate,
-    calibration: Calibration | None,
+    calibration: Measurements | None,
     sites: Sequence[Site],
     statistics: Sequence[str],
     rule: Callable[..., tuple[float, ...]],
@@ -92,7 +88,7 @@ def shares_by(
     return LayerBudgets(policy.budget, tuple(found.get(index, 0.0) for index in range(len(sites))))
 
 
-def fraction_of(policy: Allocate, calibration: Calibration | None) -> float:
+def fraction_of(policy: Allocate, calibration: Measurements | None) -> float:
     """The budget as a part of the tokens: a count, as a part of a calibration prompt."""
     if isinstance(policy.budget, float) or calibration is None:
         return float(policy.budget)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from kvfx.budgets.meda import meda_shares
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
 from kvfx.policies.h2o import H2O
 from kvfx.policies.layer_budgets import LayerBudgets, shares_by
-from kvfx.policy import Allocate, Select, check_budget
-
-if TYPE_CHECKING:
-    from kvfx.calibration import Calibration
+from kvfx.policy import Allocate, Measurements, Select, check_budget
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class MEDA(Allocate):
         if not self.temperature > 0.0:
             raise PolicyError(f"MEDA(temperature={self.temperature!r}): positive")
 
-    def resolve(self, calibration: Calibration | None, sites: Sequence[Site]) -> LayerBudgets:
+    def resolve(self, calibration: Measurements | None, sites: Sequence[Site]) -> LayerBudgets:
         """A softmax over layers."""
         return shares_by(
             self,

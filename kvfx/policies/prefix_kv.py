@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from kvfx.budgets.retention import prefix_shares
 from kvfx.geometry import Site
@@ -12,15 +12,13 @@ from kvfx.policies.layer_budgets import fraction_of, shares_by
 from kvfx.policy import (
     Allocate,
     Attributes,
+    Measurements,
     Policy,
     Select,
     check_at_least,
     check_budget,
     check_choice,
 )
-
-if TYPE_CHECKING:
-    from kvfx.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class PrefixKV(Allocate):
         check_budget("PrefixKV", self.budget)
         check_choice("PrefixKV", "search", self.search, ("sort", "bisect"))
 
-    def resolve(self, calibration: Calibration | None, sites: Sequence[Site]) -> Policy:
+    def resolve(self, calibration: Measurements | None, sites: Sequence[Site]) -> Policy:
         """Shares of equal retained attention, or itself where each prompt decides."""
         if self.online:
             return self

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from kvfx.budgets.pyramid import pyramid_shares
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
 from kvfx.policies.layer_budgets import LayerBudgets, fraction_of
 from kvfx.policies.snapkv import SnapKV
-from kvfx.policy import Allocate, Select, check_budget
-
-if TYPE_CHECKING:
-    from kvfx.calibration import Calibration
+from kvfx.policy import Allocate, Measurements, Select, check_budget
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class PyramidKV(Allocate):
         if not self.beta >= 1.0:
             raise PolicyError(f"PyramidKV(beta={self.beta!r}): beta is at least 1")
 
-    def resolve(self, calibration: Calibration | None, sites: Sequence[Site]) -> LayerBudgets:
+    def resolve(self, calibration: Measurements | None, sites: Sequence[Site]) -> LayerBudgets:
         """Shares of the sites without a window, in their order."""
         causal = [site.index for site in sites if site.window is None]
         fraction = 1.0 if isinstance(self.budget, int) else fraction_of(self, calibration)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from kvfx.budgets.squeeze import squeeze_shares
 from kvfx.errors import CalibrationError, PolicyError
 from kvfx.geometry import Site
 from kvfx.policies.h2o import H2O
 from kvfx.policies.layer_budgets import LayerBudgets, shares_by
-from kvfx.policy import Allocate, Select, check_at_least, check_budget
-
-if TYPE_CHECKING:
-    from kvfx.calibration import Calibration
+from kvfx.policy import Allocate, Measurements, Select, check_at_least, check_budget
 
 
 @dataclass(frozen=True)
@@ -39,9 +36,9 @@ class SqueezeAttention(Allocate):
         if not 0.0 <= self.part <= 1.0:
             raise PolicyError(f"SqueezeAttention(part={self.part!r}): from 0 to 1")
 
-    def resolve(self, calibration: Calibration | None, sites: Sequence[Site]) -> LayerBudgets:
+    def resolve(self, calibration: Measurements | None, sites: Sequence[Site]) -> LayerBudgets:
         """The groups' budgets."""
-        if calibration is not None and bool(calibration.similarity.isnan().all()):
+        if calibration is not None and bool(calibration.statistic("similarity").isnan().all()):
             raise CalibrationError(f"{self!r}: no residual stream was found in this model")
         return shares_by(
             self,

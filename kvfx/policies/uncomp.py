@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from kvfx.budgets.uncomp import uncomp_shares
 from kvfx.geometry import Site
 from kvfx.policies.layer_budgets import LayerBudgets, shares_by
 from kvfx.policies.snapkv import SnapKV
-from kvfx.policy import Allocate, Select, check_budget
-
-if TYPE_CHECKING:
-    from kvfx.calibration import Calibration
+from kvfx.policy import Allocate, Measurements, Select, check_budget
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class UNComp(Allocate):
     def __post_init__(self) -> None:
         check_budget("UNComp", self.budget)
 
-    def resolve(self, calibration: Calibration | None, sites: Sequence[Site]) -> LayerBudgets:
+    def resolve(self, calibration: Measurements | None, sites: Sequence[Site]) -> LayerBudgets:
         """The stages' budgets."""
         return shares_by(
             self,

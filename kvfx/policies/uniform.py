@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from kvfx.geometry import Site
 from kvfx.policies.h2o import H2O
 from kvfx.policies.layer_budgets import LayerBudgets
-from kvfx.policy import Allocate, Select, check_budget
-
-if TYPE_CHECKING:
-    from kvfx.calibration import Calibration
+from kvfx.policy import Allocate, Measurements, Select, check_budget
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Uniform(Allocate):
     def __post_init__(self) -> None:
         check_budget("Uniform", self.budget)
 
-    def resolve(self, calibration: Calibration | None, sites: Sequence[Site]) -> LayerBudgets:
+    def resolve(self, calibration: Measurements | None, sites: Sequence[Site]) -> LayerBudgets:
         """Equal shares."""
         del calibration
         return LayerBudgets(self.budget, (1.0,) * len(sites))

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from kvfx.budgets.marginal import xkv_shares
 from kvfx.geometry import Site
 from kvfx.policies.h2o import H2O
 from kvfx.policies.layer_budgets import LayerBudgets, fraction_of, shares_by
-from kvfx.policy import Allocate, Select, check_budget
-
-if TYPE_CHECKING:
-    from kvfx.calibration import Calibration
+from kvfx.policy import Allocate, Measurements, Select, check_budget
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class XKV(Allocate):
     def __post_init__(self) -> None:
         check_budget("XKV", self.budget)
 
-    def resolve(self, calibration: Calibration | None, sites: Sequence[Site]) -> LayerBudgets:
+    def resolve(self, calibration: Measurements | None, sites: Sequence[Site]) -> LayerBudgets:
         """The greedy choice over mean curves."""
         fraction = fraction_of(self, calibration)
         return shares_by(

@@ -40,8 +40,8 @@ def test_windows_keep_their_ring_under_any_policy():
     assert [site.select for site in fast.plan.sites] == [None] * 3 + [StreamingLLM()]
 
 
-def test_a_calibration_that_nothing_reads_is_refused():
-    with pytest.raises(CalibrationError, match="leave it out"):
+def test_what_is_no_calibration_is_refused():
+    with pytest.raises(CalibrationError, match="is none: write one"):
         kvfx.compress(tiny_llama(), Full(), calibration=[1, 2])
 
 

@@ -181,6 +181,44 @@ SAMPLES = {
         lambda: (scores(), keep(), counts()),
         {"sinks": 1, "recent": 1, "share": 0.0, "floor": 0.2},
     ),
+    "probe": (
+        lambda: (rows(HEADS, 9), rows(count=9), rows(count=9), scores(9)),
+        {
+            "scale": 0.2,
+            "rows": 4,
+            "steps": 8,
+            "fractions": [0.25, 0.5],
+            "bits": [8, 2],
+            "group_size": 4,
+            "rank": 3,
+        },
+    ),
+    "probe_similarity": (lambda: (rows()[:, 0], rows()[:, 1]), {}),
+    "share_entries": (
+        lambda: (torch.tensor([5, 9]),),
+        {
+            "kv_heads": KV_HEADS,
+            "fraction": 0.5,
+            "entries": 0,
+            "protected": 1,
+            "least": 2,
+            "shares": [0.5, 1.5, 1.0],
+            "layer": 1,
+        },
+    ),
+    "allocate_prefix": (
+        lambda: (torch.rand(3, BATCH, ROWS), keep()[:, 0], torch.tensor([7, 9])),
+        {"sinks": 1, "recent": 1, "share": 0.0, "least": 1},
+    ),
+    "allocate_mass": (
+        lambda: (scores(), keep()),
+        {"threshold": 0.9, "sinks": 1, "recent": 1, "least": 1},
+    ),
+    "allocate_dbudget": (lambda: (scores(), keep()), {"threshold": 0.01, "sinks": 1}),
+    "allocate_again": (
+        lambda: (counts(), torch.tensor([[9], [9]]), torch.tensor([18, 27])),
+        {},
+    ),
     "select_chunks": (lambda: (scores(), keep(), counts()), {"chunk": 2, "recent": 1}),
     "query_statistics": (
         lambda: (rows(HEADS), positions(), torch.rand(8)),

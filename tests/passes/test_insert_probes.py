@@ -140,3 +140,22 @@ def test_similarity_is_that_of_the_residual_stream(raised, apply, run, inputs, a
     assert len(found) == len(expected)
     for value, cosine in zip(found, expected, strict=True):
         torch.testing.assert_close(value, cosine, rtol=1e-5, atol=1e-5)
+
+
+def test_parallel_blocks_are_compared_as_a_whole(raised, apply, run, inputs):
+    """GPT-NeoX adds attention to its MLP first: that sum is no residual stream."""
+    graph = raised("gpt_neox")
+    apply(graph, [InsertProbes()])
+    ids, positions, index = inputs(2, ROWS)
+    found = run(graph, ids, positions, index)[len(STATISTICS) :: len(STATISTICS)]
+    model, expected = tiny("gpt_neox"), []
+
+    def compare(_, args, out):
+        out = out if isinstance(out, torch.Tensor) else out[0]
+        expected.append(torch.cosine_similarity(args[0], out, dim=-1).mean(1))
+
+    for block in model.gpt_neox.layers.children():
+        block.register_forward_hook(compare)
+    with torch.no_grad():
+        model(ids, position_ids=positions, use_cache=False)
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-5, atol=1e-5)

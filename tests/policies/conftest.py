@@ -7,6 +7,9 @@ import torch
 
 import kvfx
 from kvfx.calibration import Calibration
+from kvfx.capture import capture
+from kvfx.pass_manager import run_passes
+from kvfx.passes.pipeline import raise_passes
 from kvfx.testing.tiny import VOCAB, tiny_llama
 
 LAYERS = 5
@@ -23,7 +26,13 @@ def small():
 
 @pytest.fixture(scope="session")
 def calibration(small) -> Calibration:
-    """Two prompts of 96 tokens."""
+    """Two prompts of 128 tokens."""
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, VOCAB, (96,), generator=generator) for _ in range(2)]
-    return kvfx.calibrate(small, prompts, tokens=96)
+    prompts = [torch.randint(3, VOCAB, (128,), generator=generator) for _ in range(2)]
+    return kvfx.calibrate(small, prompts, tokens=128)
+
+
+@pytest.fixture(scope="session")
+def sites(small):
+    """What the compiler finds in the small model."""
+    return run_passes(capture(small), raise_passes(), None).sites
