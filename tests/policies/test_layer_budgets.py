@@ -39,7 +39,7 @@ ALLOCATORS = {
     "dynamic": DynamicKV(0.25),
     "cake": CAKE(0.25),
     "squeeze": SqueezeAttention(0.25),
-    "uncomp": UNComp(0.25, drop=0.1),
+    "uncomp": UNComp(0.25, drop=0.0),
     "meda": MEDA(0.25),
     "explicit": LayerBudgets(0.25, (3.0, 1.0, 0.5, 0.5, 0.0)),
 }
