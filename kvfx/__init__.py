@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvfx.calibration import Calibration, calibrate
     from kvfx.compiler import compress, explain
+    from kvfx.fit import plan
+    from kvfx.plan_file import load_plan, save_plan
     from kvfx.policies import (
         CAKE,
         D2O,
@@ -78,7 +80,10 @@ __all__ = [
     "calibrate",
     "compress",
     "explain",
+    "load_plan",
+    "plan",
     "policy_named",
+    "save_plan",
 ]
 
 # where a name lives that is not a policy
@@ -87,6 +92,9 @@ HOMES = {
     "calibrate": "kvfx.calibration",
     "compress": "kvfx.compiler",
     "explain": "kvfx.compiler",
+    "load_plan": "kvfx.plan_file",
+    "plan": "kvfx.fit",
+    "save_plan": "kvfx.plan_file",
 }
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import sympy
 import torch
@@ -14,13 +17,62 @@ CAPACITY = sympy.Symbol("capacity", positive=True, integer=True)
 BUCKET = 256
 
 Extent = int | sympy.Expr
+# a number, or the same number as an expression: arithmetic on capacities is written once for both
+Count = TypeVar("Count", int, sympy.Expr)
 
 
-def in_buckets(entries: int) -> int:
+def in_buckets(entries: Count) -> Count:
     """The smallest whole number of buckets that holds `entries`: caches grow by buckets, not by
     tokens.
     """
-    return -(-max(entries, 1) // BUCKET) * BUCKET
+    return in_steps(at_least(entries, 1), BUCKET)
+
+
+def in_steps(entries: Count, step: int) -> Count:
+    """The smallest multiple of `step` that holds `entries`."""
+    if isinstance(entries, int):
+        return -(-entries // step) * step
+    return sympy.ceiling(entries / step) * step
+
+
+def at_least(entries: Count, least: Count | int) -> Count:
+    """The larger of the two."""
+    if isinstance(entries, int) and isinstance(least, int):
+        return max(entries, least)
+    return sympy.Max(entries, least)  # pyright: ignore[reportReturnType]
+
+
+def at_most(entries: Count, most: Count | int) -> Count:
+    """The smaller of the two."""
+    if isinstance(entries, int) and isinstance(most, int):
+        return min(entries, most)
+    return sympy.Min(entries, most)  # pyright: ignore[reportReturnType]
+
+
+def budgeted(budget: float | int, tokens: Count) -> Count:
+    """Entries that a budget allows: a count, or a fraction of `tokens`, rounded up from the product
+    of doubles.
+    """
+    if isinstance(tokens, int):
+        return budget if isinstance(budget, int) else math.ceil(budget * tokens)
+    if isinstance(budget, int):
+        return sympy.Integer(budget)
+    return sympy.ceiling(sympy.Float(budget) * tokens)
+
+
+def deferred(name: str, count: Callable[[int], int], tokens: Count) -> Count:
+    """`count(tokens)`; of a symbol, a function of that name which is the number as soon as its
+    argument is one.
+    """
+    if isinstance(tokens, int):
+        return count(tokens)
+
+    def known(_: type, argument: sympy.Expr) -> sympy.Integer | None:
+        whole = isinstance(argument, sympy.Integer)
+        return sympy.Integer(count(int(argument))) if whole else None
+
+    facts = {"eval": classmethod(known), "is_integer": True, "is_nonnegative": True}
+    return type(name, (sympy.Function,), facts)(tokens)  # pyright: ignore[reportReturnType]
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from kvfx.errors import InputError, KvfxError
 if TYPE_CHECKING:
     from rich.status import Status
 
+    from kvfx.fit import MemoryPlan
     from kvfx.model import CompressedCache, CompressedModel
     from kvfx.report import Report
 
@@ -185,6 +186,39 @@ def explain(
         _print_json(report.to_dict())
     else:
         _show(report)
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    memory: Annotated[
+        str, typer.Option(help="Bytes of the cache: 8GiB, 512MiB, 1.5GB.", show_default=False)
+    ],
+    policy: PolicyOption = "k8v4",
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows.", show_default=False)] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each prompt.", show_default=False)
+    ] = None,
+    new: Annotated[int, typer.Option(min=0, help="Tokens decoded after it.")] = 0,
+    to: Annotated[
+        Path | None, typer.Option(help="Write the plan to this file.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what fits: the largest context, the largest batch for a --context, or the largest budget
+    for both.
+    """
+    import kvfx
+
+    source, _ = _load(model)
+    with _status("capturing"):
+        found = kvfx.plan(source, policy, memory=memory, batch=batch, context=context, new=new)
+    if to is not None:
+        kvfx.save_plan(found.plan, to)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _show(found)
 
 
 @app.command()
@@ -606,7 +640,7 @@ def _show_sections(found: Any, *, markdown: bool) -> None:
         console.print(part.render())
 
 
-def _show(report: Report) -> None:
+def _show(report: Report | MemoryPlan) -> None:
     """The report: drawn on a terminal, plain where the output is a file."""
     console = _screen()
     if console.is_terminal:

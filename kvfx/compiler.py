@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
 from kvfx.capture import capture
-from kvfx.errors import CalibrationError, UnmatchedAttention, UnsupportedShape
+from kvfx.errors import CalibrationError, PolicyError, UnmatchedAttention, UnsupportedShape
 from kvfx.geometry import Site
 from kvfx.graph import Graph
 from kvfx.op_table import BACKENDS
 from kvfx.pass_manager import Trail, run_passes
 from kvfx.passes.pipeline import PROGRAMS, Target, outline_passes, program_passes, raise_passes
-from kvfx.plan import Plan, make_plan
+from kvfx.planner import Plan, make_plan
 from kvfx.policies import policy_named
 from kvfx.policy import Policy, check_at_least
 from kvfx.report import Report, make_report
@@ -44,8 +46,12 @@ class Lowered:
 
 def compress(
     model: PreTrainedModel,
-    policy: Policy | str,
+    policy: Policy | str | None = None,
     *,
+    plan: Plan | Path | str | None = None,
+    memory: int | str | None = None,
+    batch: int = 1,
+    context: int | None = None,
     backend: str = "auto",
     compile: bool = True,
     verify: bool = True,
@@ -60,6 +66,9 @@ def compress(
     `backend="auto"` picks the best backend that exists for the device. `compile=False` runs the
     rewritten graph eagerly. `verify=True` first proves on random tokens that the rewrite under
     `Full()` computes what the model does.
+    `plan` is one that was made before, or its file, in place of a policy. With `memory`, the policy
+    gets the largest budget whose cache for `batch` rows of `context` tokens fits into that many
+    bytes.
     `calibration` is what allocators and mixed precision read (`kvfx.calibrate`).
     `max_length` bounds the tokens of a conversation. With `prefill_chunk`, prompts are read and
     compressed that many tokens at a time, so that a long one never holds its dense cache: tokens
@@ -76,8 +85,9 @@ def compress(
     start = time.perf_counter()
     if prefill_chunk is not None:
         check_at_least("compress", "prefill_chunk", prefill_chunk, 2)
+    choose = _chooser(policy, plan, memory, batch, context, strict, calibration)
     lowered = lower(
-        model, policy, backend=backend, compile=compile, strict=strict, calibration=calibration
+        model, choose, backend=backend, compile=compile, strict=strict, calibration=calibration
     )
     if verify:
         validate(lowered.captured, lowered.raised)
@@ -112,7 +122,8 @@ def explain(
 ) -> Report:
     """What `compress` would do, site by site, without compiling or running anything."""
     start = time.perf_counter()
-    lowered = lower(model, policy, backend=backend, compile=True, strict=strict)
+    choose = _chooser(policy, None, None, 1, None, strict, None)
+    lowered = lower(model, choose, backend=backend, compile=True, strict=strict)
     return make_report(
         lowered.plan,
         lowered.graphs,
@@ -124,31 +135,22 @@ def explain(
 
 def lower(
     model: PreTrainedModel,
-    policy: Policy | str,
+    choose: Callable[[tuple[Site, ...]], Plan],
     *,
     backend: str,
     compile: bool,
     strict: bool,
     calibration: Calibration | None = None,
 ) -> Lowered:
-    """Capture and raise `model`, plan `policy`, and lower every program that the plan needs."""
-    policy = policy_named(policy) if isinstance(policy, str) else policy
+    """Capture and raise `model`, choose a plan for its sites, and lower every program that the plan
+    needs.
+    """
     trail = Trail()
     captured = capture(model)
-    raised = run_passes(captured.copy(), raise_passes(), trail)
-    dense = {site.name for site in raised.sites}
-    if raised.missed and (strict or not dense.issuperset(raised.missed)):
-        reasons = "\n".join(f"  {miss}" for miss in raised.missed.values())
-        remedy = "strict=False keeps them dense, under masks that the model computes at every step"
-        if not dense.issuperset(raised.missed):
-            remedy = "no cache can serve them; kvfx.explain(model, policy) shows what was found"
-        raise UnmatchedAttention(
-            f"{len(raised.missed)} attention sites of {type(model).__name__} are not "
-            f"understood:\n{reasons}\n{remedy}"
-        )
+    raised = raised_graph(model, captured, trail, strict=strict)
     if calibration is not None:
         _check(calibration, model, raised.sites)
-    plan = make_plan(policy, raised.sites, strict=strict, calibration=calibration)
+    plan = choose(raised.sites)
     device = raised.sites[0].device
     target = Target(_backend(backend, device), inductor_cpu=compile and device.type == "cpu")
     graphs = {
@@ -169,6 +171,62 @@ def _check(calibration: Calibration, model: PreTrainedModel, sites: tuple[Site, 
             "one with kvfx.Calibration.load(path)"
         )
     calibration.check(model, sites)
+
+
+def _chooser(
+    policy: Policy | str | None,
+    plan: Plan | Path | str | None,
+    memory: int | str | None,
+    batch: int,
+    context: int | None,
+    strict: bool,
+    calibration: Calibration | None,
+) -> Callable[[tuple[Site, ...]], Plan]:
+    """How the plan for the sites of a model comes about."""
+    # both are made of what this module does
+    from kvfx.fit import fitted, plans
+    from kvfx.plan_file import load_plan, move_plan
+
+    if (policy is None) == (plan is None):
+        raise PolicyError("compress: give a policy, or a plan that was made of one")
+    if plan is not None:
+        if memory is not None:
+            raise PolicyError("compress(plan=..., memory=...): a plan has its budgets already")
+        return lambda sites: (
+            move_plan(plan, sites) if isinstance(plan, Plan) else load_plan(plan, sites)
+        )
+    assert policy is not None
+    if memory is None:
+        named = policy_named(policy) if isinstance(policy, str) else policy
+        return lambda sites: make_plan(named, sites, strict=strict, calibration=calibration)
+    if context is None:
+        raise PolicyError(f"compress(memory={memory!r}): for how many tokens? give context=")
+
+    def choose(sites: tuple[Site, ...]) -> Plan:
+        plan_for = plans(policy, sites, strict=strict, calibration=calibration)
+        return fitted(plan_for, memory, batch=batch, context=context, new=0).plan
+
+    return choose
+
+
+def raised_graph(model: PreTrainedModel, captured: Graph, trail: Trail, *, strict: bool) -> Graph:
+    """The captured graph of `model` with every attention raised: its sites are what is planned for.
+
+    Raises UnmatchedAttention for sites that are not understood; where not `strict`, for those that
+    no cache can serve.
+    """
+    raised = run_passes(captured.copy(), raise_passes(), trail)
+    dense = {site.name for site in raised.sites}
+    if raised.missed and (strict or not dense.issuperset(raised.missed)):
+        reasons = "\n".join(f"  {miss}" for miss in raised.missed.values())
+        remedy = "strict=False keeps them dense, under masks that the model computes at every step"
+        if not dense.issuperset(raised.missed):
+            remedy = "no cache can serve them; kvfx.explain(model, policy) shows what was found"
+        raise UnmatchedAttention(
+            f"{len(raised.missed)} attention sites of {type(model).__name__} are not "
+            f"understood:\n{reasons}\n{remedy}"
+        )
+    return raised
 
 
 def _backend(backend: str, device: torch.device) -> str:

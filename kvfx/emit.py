@@ -14,7 +14,7 @@ from torch.fx.node import Argument
 from kvfx.cache import BATCH, CAPACITY, Buffer
 from kvfx.graph import Graph, call, fake_mode
 from kvfx.ops import overload
-from kvfx.plan import SitePlan
+from kvfx.planner import SitePlan
 from kvfx.policy import Attributes
 from kvfx.provenance import Stamp
 

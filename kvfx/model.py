@@ -19,7 +19,7 @@ from kvfx.errors import InputError, PolicyError, UnsupportedOperation
 from kvfx.graph import Graph
 from kvfx.memory import memory_bytes, memory_formula
 from kvfx.pass_manager import Trail
-from kvfx.plan import Plan
+from kvfx.planner import Plan
 from kvfx.report import Report
 from kvfx.runtime import Executor, State
 
@@ -175,16 +175,14 @@ class CompressedModel(GenerationMixin, nn.Module):
             raise KeyError(f"no program {program!r}: this model has {', '.join(self.graphs)}")
         return self.graphs[program]
 
-    def memory(self, batch: int = 1, length: int = 1) -> int:
-        """Bytes of the cache after a prompt of `length` tokens in each of `batch` rows, exactly as
-        allocated.
+    def memory(self, batch: int = 1, length: int = 1, new: int = 0) -> int:
+        """Bytes of the cache after a prompt of `length` tokens in each of `batch` rows and `new`
+        decoded ones, exactly as allocated (an upper bound where only the data tell what stays).
         """
-        return memory_bytes(self.plan, batch, length)
+        return memory_bytes(self.plan, batch, length, new)
 
     def memory_formula(self) -> sympy.Expr:
-        """Bytes of the cache as a sympy expression in `batch` and the capacity of each kind of
-        site.
-        """
+        """The same as a sympy expression in `batch`, `length` and `new`."""
         return memory_formula(self.plan)
 
     def new_cache(self) -> CompressedCache:

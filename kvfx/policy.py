@@ -5,7 +5,6 @@ them.
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor
 
-from kvfx.cache import BATCH, CAPACITY, Buffer, Extent
+from kvfx.cache import BATCH, CAPACITY, Buffer, Count, Extent, at_least, budgeted
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
 
@@ -120,9 +119,9 @@ class Store(Policy):
         return CAPACITY
 
     @abstractmethod
-    def capacity(self, entries: int, *, bounded: bool) -> int:
+    def capacity(self, entries: Count, *, bounded: bool) -> Count:
         """Entries to allocate so that `entries` fit; `bounded` says that a select policy caps their
-        number.
+        number. Never fewer for more.
         """
 
     def attributes(self, site: Site) -> dict[str, int | float | str]:
@@ -248,10 +247,9 @@ class Select(Stage):
         """The smallest number of entries with which the method makes sense."""
         return 1
 
-    def allowed(self, tokens: int) -> int:
-        """Entries that a prompt of `tokens` tokens may keep per KV head."""
-        wanted = self.budget if isinstance(self.budget, int) else math.ceil(self.budget * tokens)
-        return max(wanted, self.least())
+    def allowed(self, tokens: Count) -> Count:
+        """Entries that a prompt of `tokens` tokens may keep per KV head: never fewer of more."""
+        return at_least(budgeted(self.budget, tokens), self.least())
 
     def keeps(self, rows: int, allowed: int) -> int:
         """How many of `rows` rows stay where `allowed` may, per KV head."""

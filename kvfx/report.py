@@ -11,7 +11,7 @@ from kvfx.graph import Graph
 from kvfx.memory import site_bytes
 from kvfx.ops import backend_of, name_of
 from kvfx.pass_manager import Trail
-from kvfx.plan import Plan, SitePlan
+from kvfx.planner import Plan, SitePlan
 from kvfx.policies.full import Full
 from kvfx.policy import Policy
 from kvfx.provenance import origin

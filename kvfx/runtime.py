@@ -14,7 +14,7 @@ from kvfx.cache import CAPACITY
 from kvfx.cuda_graph import ReplayedStep
 from kvfx.errors import CapacityExceeded, InputError, UnsupportedOperation
 from kvfx.ops import overload
-from kvfx.plan import Plan, Schedule, SitePlan
+from kvfx.planner import Plan, Schedule, SitePlan
 
 
 class State:

@@ -15,7 +15,7 @@ from kvfx.ops import name_of
 from kvfx.pass_manager import run_passes
 from kvfx.passes.match_attention import attention_roots
 from kvfx.passes.pipeline import Target, program_passes
-from kvfx.plan import make_plan
+from kvfx.planner import make_plan
 from kvfx.policies.full import Full
 from kvfx.provenance import origin
 from kvfx.runtime import Executor, State

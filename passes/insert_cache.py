@@ -11,7 +11,7 @@ from torch import fx
 from kvfx.emit import Emitter, add_buffer_inputs, add_tokens_input
 from kvfx.graph import Graph, Level, call, operand, replace
 from kvfx.pass_manager import Pass, Statistics
-from kvfx.plan import Plan
+from kvfx.planner import Plan
 from kvfx.programs import PROGRAMS, allocate_layers, compact, masked
 from kvfx.provenance import Stamp, origin
 

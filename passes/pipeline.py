@@ -15,7 +15,7 @@ from kvfx.passes.outline_layers import OutlineLayers
 from kvfx.passes.select_backend import SelectBackend
 from kvfx.passes.specialize_rows import SpecializeRows
 from kvfx.passes.stream_weights import StreamWeights
-from kvfx.plan import Plan
+from kvfx.planner import Plan
 
 PROGRAMS = ("prefill", "extend", "decode", "compact")
 

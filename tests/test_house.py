@@ -24,7 +24,7 @@ LEVEL_5 = (
     "kvfx.policies",
     "kvfx.passes",
     "kvfx.capture",
-    "kvfx.plan",
+    "kvfx.planner",
     "kvfx.memory",
 )
 LAW: dict[str, tuple[str, ...]] = {
@@ -45,21 +45,22 @@ LAW: dict[str, tuple[str, ...]] = {
     "kvfx.budgets": ("torch", "kvfx.errors", "kvfx.budgets"),
     "kvfx.policies": (*LEVEL_3, "kvfx.policies", "kvfx.budgets"),
     # a pass is given the plan: data that was computed before
-    "kvfx.emit": (*LEVEL_3, "kvfx.plan"),
+    "kvfx.emit": (*LEVEL_3, "kvfx.planner"),
     "kvfx.stages": (*LEVEL_3, "kvfx.emit"),
     "kvfx.programs": (*LEVEL_3, "kvfx.emit", "kvfx.stages"),
     "kvfx.passes": (
         *LEVEL_3,
         "kvfx.passes",
-        "kvfx.plan",
+        "kvfx.planner",
         "kvfx.emit",
         "kvfx.programs",
         "kvfx.rotation",
     ),
     "kvfx.passes.pipeline": LEVEL_5,
     "kvfx.capture": (*LEVEL_5, "transformers"),
-    "kvfx.plan": LEVEL_5,
-    "kvfx.memory": LEVEL_5,
+    "kvfx.planner": LEVEL_5,
+    "kvfx.memory": (*LEVEL_5, "kvfx.sizes"),
+    "kvfx.sizes": ("kvfx.errors",),
     "kvfx.calibration": ("torch", "transformers", "safetensors", "kvfx"),
     "kvfx.models": ("torch", "transformers", "safetensors", "rich", "kvfx.errors"),
     # what users touch; the rooms below are at home here

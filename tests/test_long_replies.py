@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 def test_a_long_reply_on_a_small_cache(smollm2, policy):
     """Constant bytes, nothing compiled after the warm-up, finite logits, a varied reply."""
     model, tokenizer = smollm2
-    ids = tokenizer(prompts(tokenizer)[12], return_tensors="pt").input_ids
-    assert ids.shape[1] > 256 + policy.interval
+    every = (tokenizer(text, return_tensors="pt").input_ids for text in prompts(tokenizer))
+    ids = next(ids for ids in every if ids.shape[1] > 256 + policy.interval)
     fast = kvfx.compress(model, policy, verify=False)
     past, reply = fast.new_cache(), []
     logits = fast(ids, past_key_values=past, logits_to_keep=1).logits

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from kvfx.cache import BATCH, CAPACITY, Buffer, in_buckets
+from kvfx.cache import BATCH, CAPACITY, Buffer, Count, in_buckets
 from kvfx.geometry import Site
 from kvfx.policy import Store
 
@@ -31,6 +31,6 @@ class Full(Store):
             "length": Buffer((BATCH, site.kv_heads), torch.int32, counter=True),
         }
 
-    def capacity(self, entries: int, *, bounded: bool) -> int:
+    def capacity(self, entries: Count, *, bounded: bool) -> Count:
         """Exactly `entries` where their number is bounded, else the next bucket."""
         return entries if bounded else in_buckets(entries)

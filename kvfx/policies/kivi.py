@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from kvfx.cache import BATCH, BUCKET, CAPACITY, Buffer, Extent
+from kvfx.cache import BATCH, BUCKET, CAPACITY, Buffer, Count, Extent, at_least, in_steps
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
 from kvfx.policy import Store, check_at_least, check_choice
@@ -114,11 +114,11 @@ class KIVI(Store):
         ring = self.residual if self.mode == "kivi" else self.residual + self.group_size
         return CAPACITY + ring
 
-    def capacity(self, entries: int, *, bounded: bool) -> int:
+    def capacity(self, entries: Count, *, bounded: bool) -> Count:
         """Entries to allocate as codes; exact ones live in rings, whose size is fixed."""
-        coded = entries if self.mode == "kivi" else max(entries - self.residual, 1)
+        coded = entries if self.mode == "kivi" else at_least(entries - self.residual, 1)
         step = self.group_size if bounded else math.lcm(BUCKET, self.group_size)
-        return -(-coded // step) * step
+        return in_steps(coded, step)
 
     def flush_due(self, length: int) -> bool:
         """Whether a ring is full at `length` entries."""

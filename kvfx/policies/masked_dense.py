@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvfx.cache import Buffer, in_buckets
+from kvfx.cache import Buffer, Count, in_buckets
 from kvfx.geometry import Site
 from kvfx.policies.full import Full
 from kvfx.policy import Store
@@ -25,7 +25,7 @@ class MaskedDense(Store):
         """Those of `Full`: k and v [B, K, C, D] and the live length [B, K]."""
         return Full().buffers(site)
 
-    def capacity(self, entries: int, *, bounded: bool) -> int:
+    def capacity(self, entries: Count, *, bounded: bool) -> Count:
         """The next bucket."""
         del bounded
         return in_buckets(entries)

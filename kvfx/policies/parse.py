@@ -43,6 +43,8 @@ def _value(node: ast.expr, methods: Mapping[str, type[Policy]]) -> Any:
         operand = _value(node.operand, methods)
         if isinstance(operand, int | float):
             return -operand
+    if isinstance(node, ast.Tuple):
+        return tuple(_value(item, methods) for item in node.elts)
     if isinstance(node, ast.Dict) and None not in node.keys:
         keys = [_value(key, methods) for key in node.keys if key is not None]
         return dict(zip(keys, (_value(value, methods) for value in node.values), strict=True))

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from kvfx.cache import BATCH, CAPACITY, Buffer, in_buckets
+from kvfx.cache import BATCH, CAPACITY, Buffer, Count, at_most, in_buckets
 from kvfx.geometry import Site
 from kvfx.policy import Store, check_at_least
 
@@ -38,10 +38,10 @@ class WindowRing(Store):
             "length": Buffer((BATCH, 1), torch.int32, counter=True),
         }
 
-    def capacity(self, entries: int, *, bounded: bool) -> int:
+    def capacity(self, entries: Count, *, bounded: bool) -> Count:
         """The next bucket, but never more than the window: from there on the ring wraps."""
         del bounded
-        return min(self.window, in_buckets(entries))
+        return at_most(in_buckets(entries), self.window)
 
     def attributes(self, site: Site) -> dict[str, int | float | str]:
         """The window."""

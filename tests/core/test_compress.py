@@ -8,7 +8,7 @@ import torch
 import kvfx
 from kvfx import KIVI, Full, PerLayer, StreamingLLM
 from kvfx.errors import CalibrationError, UnsupportedShape
-from kvfx.plan import Plan
+from kvfx.planner import Plan
 from kvfx.policies import PRESETS
 from kvfx.testing.tiny import left_padded, tiny, tiny_gemma3, tiny_gpt2, tiny_llama
 

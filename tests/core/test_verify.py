@@ -12,7 +12,7 @@ from kvfx.graph import Graph, Level
 from kvfx.ops import name_of, overload
 from kvfx.pass_manager import run_passes
 from kvfx.passes.pipeline import Target, program_passes, raise_passes
-from kvfx.plan import make_plan
+from kvfx.planner import make_plan
 from kvfx.policies import Full
 from kvfx.testing.tiny import tiny_llama
 from kvfx.verify import LEVELS, verify

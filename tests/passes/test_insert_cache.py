@@ -11,7 +11,7 @@ from kvfx.pass_manager import run_passes
 from kvfx.passes.insert_cache import InsertCache
 from kvfx.passes.pipeline import Target, program_passes
 from kvfx.passes.specialize_rows import SpecializeRows
-from kvfx.plan import make_plan
+from kvfx.planner import make_plan
 from kvfx.policies import H2O, KIVI, Full, StreamingLLM
 from kvfx.provenance import origin
 from kvfx.runtime import Executor, State

@@ -11,7 +11,7 @@ from kvfx.pass_manager import run_passes
 from kvfx.passes.canonicalize import Canonicalize
 from kvfx.passes.outline_layers import OutlineLayers
 from kvfx.passes.pipeline import Target, program_passes
-from kvfx.plan import make_plan
+from kvfx.planner import make_plan
 from kvfx.policies import Full, PerLayer, StreamingLLM
 from kvfx.runtime import Executor, State
 

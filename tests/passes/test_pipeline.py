@@ -8,7 +8,7 @@ import pytest
 
 from kvfx.graph import Level
 from kvfx.passes.pipeline import PROGRAMS, Target, outline_passes, program_passes, raise_passes
-from kvfx.plan import Plan
+from kvfx.planner import Plan
 from kvfx.policies import Full
 
 PLAN = Plan(Full(), ())

@@ -9,7 +9,7 @@ from kvfx.graph import Level
 from kvfx.ops import backend_of, name_of
 from kvfx.passes.insert_cache import InsertCache
 from kvfx.passes.select_backend import SelectBackend
-from kvfx.plan import make_plan
+from kvfx.planner import make_plan
 from kvfx.policies import Full
 
 

@@ -9,7 +9,7 @@ import torch
 
 from kvfx.errors import PolicyError
 from kvfx.geometry import Causal, Site
-from kvfx.plan import make_plan
+from kvfx.planner import make_plan
 from kvfx.policies import KIVI, Full, PerLayer, StreamingLLM
 
 SITE = Site(0, "s0", 4, 2, 32, 32, 0.25, Causal(), None, torch.float32, torch.device("cpu"))

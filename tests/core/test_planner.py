@@ -10,7 +10,7 @@ import torch
 from kvfx import KIVI, Full, PerLayer, StreamingLLM
 from kvfx.errors import PolicyError, UnsupportedShape
 from kvfx.geometry import Causal, Rope, Site, Window
-from kvfx.plan import Schedule, make_plan
+from kvfx.planner import Schedule, make_plan
 from kvfx.policies import WindowRing
 
 ROPE = Rope("half", tuple(10000.0 ** (-i / 32) for i in range(32)))

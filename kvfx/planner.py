@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kvfx.budgets.rounding import share_entries
-from kvfx.cache import Buffer
+from kvfx.cache import Buffer, Count, at_least, deferred
 from kvfx.errors import PolicyError, UnsupportedShape
 from kvfx.geometry import Site, Unproven
 from kvfx.policies.flat_dense import FlatDense
@@ -35,16 +35,20 @@ class Share:
     shares: tuple[float, ...]
     layer: int
 
-    def allowed(self, tokens: int, select: Select) -> int:
+    def allowed(self, tokens: Count, select: Select) -> Count:
         """Entries that the layer may keep of a prompt of `tokens` tokens, where the layers may keep
         what `select` says on average: `kvfx.share_entries` on the host.
         """
         budget, protected = select.budget, select.protected()
         entries, fraction = (budget, 1.0) if isinstance(budget, int) else (0, budget)
         held = protected["sinks"] + protected["recent"]
-        return share_entries(tokens, fraction, entries, held, select.least(), self.shares)[
-            self.layer
-        ]
+
+        def count(tokens: int) -> int:
+            return share_entries(tokens, fraction, entries, held, select.least(), self.shares)[
+                self.layer
+            ]
+
+        return deferred(f"entries_{self.layer}", count, tokens)
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,14 @@ class Schedule:
             return rows
         return self.select.keeps(rows, self.allowed(tokens))
 
-    def allowed(self, tokens: int) -> int:
+    def allowed(self, tokens: Count) -> Count:
         """Entries that a row may keep."""
         assert self.select is not None
         if self.share is None:
             return self.select.allowed(tokens)
         return self.share.allowed(tokens, self.select)
 
-    def limit(self, tokens: int) -> int | None:
+    def limit(self, tokens: Count) -> Count | None:
         """Entries at which a row is compacted, or None where nothing is ever evicted."""
         if self.select is None:
             return None
@@ -99,12 +103,12 @@ class Schedule:
         limit = self.limit(tokens)
         return self.store.flush_due(entries) or (limit is not None and entries >= limit)
 
-    def capacity(self, entries: int, tokens: int) -> int:
+    def capacity(self, entries: Count, tokens: Count) -> Count:
         """Entries to allocate for a row that holds `entries` now or after the next step."""
         limit = self.limit(tokens)
         if limit is None:
             return self.store.capacity(entries, bounded=False)
-        return self.store.capacity(max(entries, limit), bounded=True)
+        return self.store.capacity(at_least(entries, limit), bounded=True)
 
 
 @dataclass(frozen=True)

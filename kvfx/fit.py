@@ -1,0 +1,229 @@
+"""What fits into a memory: the largest context, the largest batch, or the largest budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from kvfx.capture import capture
+from kvfx.compiler import raised_graph
+from kvfx.geometry import Site
+from kvfx.memory import (
+    MOST,
+    check_fit,
+    fitting_budget,
+    is_exact,
+    largest_batch,
+    largest_context,
+    site_bytes,
+)
+from kvfx.pass_manager import Trail
+from kvfx.planner import Plan, make_plan
+from kvfx.policies import PerLayer, policy_named
+from kvfx.policy import Composition, Policy, compose
+from kvfx.report import aligned, fold_names, short_policy
+from kvfx.sizes import parse_size, size_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PreTrainedModel
+
+    from kvfx.calibration import Calibration
+
+COLUMNS = ("site", "policy", "bytes")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What fits into `memory` bytes: the largest `unknown` (`"context"`, `"batch"` or `"budget"`),
+    with the rest as it was given.
+
+    `context` is the prompt of each row, None where any length fits; `new` tokens are decoded after
+    it. `budget` is the fraction that was found, and stands in the policies of `plan`.
+    """
+
+    plan: Plan
+    unknown: str
+    memory: int
+    batch: int
+    context: int | None
+    new: int
+    budget: float | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of the plan."""
+        return self.plan.policy
+
+    @property
+    def answer(self) -> int | float | None:
+        """The value of what was unknown; None where nothing is too large."""
+        return getattr(self, self.unknown)
+
+    @property
+    def sites(self) -> dict[str, int]:
+        """Bytes of each site at the answer, by name."""
+        length = MOST if self.context is None else self.context
+        return {
+            site.site.name: site_bytes(site, self.batch, length, self.new)
+            for site in self.plan.sites
+        }
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all sites at the answer."""
+        return sum(self.sites.values())
+
+    @property
+    def exact(self) -> bool:
+        """Whether that is what will be allocated, and not a bound that is never exceeded."""
+        return is_exact(self.plan)
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything as json-able data; policies as they are typed."""
+        given = ("unknown", "memory", "batch", "context", "new", "budget", "bytes", "exact")
+        return {
+            "policy": repr(self.policy),
+            **{name: getattr(self, name) for name in given},
+            "sites": [
+                {"name": site.site.name, "policy": site.rule, "bytes": count, "note": site.note}
+                for site, count in zip(self.plan.sites, self.sites.values(), strict=True)
+            ],
+        }
+
+    def __str__(self) -> str:
+        table = aligned([COLUMNS, *self._rows()], right=(len(COLUMNS) - 1,))
+        return "\n".join([self.headline(), *table, self.total()])
+
+    def render(self) -> Table:
+        """The same table for a terminal."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(
+            title=self.headline(),
+            caption=self.total(),
+            box=box.SIMPLE_HEAD,
+            title_style="bold",
+            title_justify="left",
+            caption_justify="left",
+        )
+        for name in COLUMNS:
+            table.add_column(name, justify="right" if name == COLUMNS[-1] else "left")
+        for row in self._rows():
+            table.add_row(*row)
+        return table
+
+    def headline(self) -> str:
+        """One line: the policy, and what fits."""
+        context = "any number of tokens" if self.context is None else f"{self.context:,} tokens"
+        after = f", then {self.new:,} new ones" if self.new else ""
+        found = "" if self.unknown == "budget" else f"; the largest {self.unknown}"
+        return (
+            f"{short_policy(self.policy)}: batch {self.batch:,}, {context}{after} in "
+            f"{size_text(self.memory)}{found}"
+        )
+
+    def total(self) -> str:
+        """One line: the bytes of all sites."""
+        bound = "" if self.exact else ", at most: the data tell how many entries stay"
+        return (
+            f"all {len(self.plan.sites)} sites: {self.bytes:,} bytes ({size_text(self.bytes)}) of "
+            f"{self.memory:,}{bound}"
+        )
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """A row per kind of site; the bytes are those of one."""
+        folded: dict[tuple[str, str], list[str]] = {}
+        for site, count in zip(self.plan.sites, self.sites.values(), strict=True):
+            rule = " | ".join(map(short_policy, (*site.stages, site.store)))
+            folded.setdefault((rule, f"{count:,}"), []).append(site.site.name)
+        return [
+            (f"{fold_names(names)}{f'  x{len(names)}' if len(names) > 1 else ''}", *key)
+            for key, names in folded.items()
+        ]
+
+
+def plan(
+    model: PreTrainedModel,
+    policy: Policy | str,
+    *,
+    memory: int | str,
+    batch: int | None = None,
+    context: int | None = None,
+    new: int = 0,
+    calibration: Calibration | None = None,
+    strict: bool = True,
+) -> MemoryPlan:
+    """The largest context for `batch` rows (1 if neither is given), the largest batch for a
+    `context`, or with both the largest budget of `policy` whose cache fits into `memory` bytes;
+    `new` tokens are decoded after the context.
+
+    `memory` counts the cache alone. Nothing is compiled or run. Raises CapacityExceeded, which
+    names the least that is needed, where nothing fits.
+    """
+    sites = sites_of(model, strict=strict)
+    plan_for = plans(policy, sites, strict=strict, calibration=calibration)
+    return fitted(plan_for, memory, batch=batch, context=context, new=new)
+
+
+def sites_of(model: PreTrainedModel, *, strict: bool) -> tuple[Site, ...]:
+    """What is planned for: the attention of `model`, captured and raised once."""
+    return raised_graph(model, capture(model), Trail(), strict=strict).sites
+
+
+def plans(
+    policy: Policy | str,
+    sites: tuple[Site, ...],
+    *,
+    strict: bool,
+    calibration: Calibration | None,
+) -> Callable[[float | None], Plan]:
+    """The plan of a policy for a budget, or for its own (None)."""
+    named = policy_named(policy) if isinstance(policy, str) else policy
+
+    def plan_for(budget: float | None) -> Plan:
+        chosen = named if budget is None else with_budget(named, budget)
+        return make_plan(chosen, sites, strict=strict, calibration=calibration)
+
+    return plan_for
+
+
+def fitted(
+    plan_for: Callable[[float | None], Plan],
+    memory: int | str,
+    *,
+    batch: int | None,
+    context: int | None,
+    new: int,
+) -> MemoryPlan:
+    """The same for plans of a policy with a budget, or with its own (None)."""
+    size, made = parse_size(memory), plan_for(None)
+    if batch is None and context is not None:
+        return MemoryPlan(
+            made, "batch", size, largest_batch(made, size, context, new), context, new
+        )
+    rows = 1 if batch is None else batch
+    if context is None:
+        length = largest_context(made, size, rows, new)
+        return MemoryPlan(made, "context", size, rows, length, new)
+    if plan_for(1.0).sites == plan_for(0.5).sites:
+        # no budget to vary: it fits as it is, or not
+        check_fit(made, size, rows, context, new)
+        return MemoryPlan(made, "budget", size, rows, context, new)
+    budget = fitting_budget(plan_for, size, rows, context, new)
+    return MemoryPlan(plan_for(budget), "budget", size, rows, context, new, budget)
+
+
+def with_budget(policy: Policy, budget: float | int) -> Policy:
+    """The policy with another budget wherever it has one."""
+    if isinstance(policy, Composition):
+        return compose(*(with_budget(part, budget) for part in policy.parts()))
+    if isinstance(policy, PerLayer):
+        layers = {index: with_budget(part, budget) for index, part in policy.layers.items()}
+        return PerLayer(with_budget(policy.default, budget), layers)
+    known: Any = policy
+    if "budget" not in {field.name for field in fields(known)}:
+        return policy
+    return replace(known, budget=budget)
