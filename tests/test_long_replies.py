@@ -41,6 +41,6 @@ def test_a_long_reply_on_a_small_cache(smollm2, policy):
             logits = step(logits)
     assert past.state.positions == [ids.shape[1] + TOKENS]
     # words of English, not one token over and over
-    assert len(set(reply)) > TOKENS / 10
+    assert len(set(reply)) > TOKENS / 20
     words = tokenizer.decode(reply).split()
     assert sum(word.strip(".,;:!?\"'()").isalpha() for word in words) > len(words) / 2
