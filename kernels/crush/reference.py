@@ -55,9 +55,10 @@ def refine(
     chosen = torch.zeros_like(keep).scatter(
         -1, rows.flatten(2), pages[..., None].expand_as(rows).flatten(2)
     )
-    # a count that is not a multiple of the page is filled with single rows
-    spare, missing = kept & ~chosen, kept.sum(-1) - chosen.sum(-1)
-    chosen = chosen | (spare & (places(score, spare) < missing[..., None]))
+    if page > 1:
+        # a count that is not a multiple of the page is filled with single rows
+        spare, missing = kept & ~chosen, kept.sum(-1) - chosen.sum(-1)
+        chosen = chosen | (spare & (places(score, spare) < missing[..., None]))
     return torch.where((elected > 0)[..., None], (keep & ~pool) | chosen, keep)
 
 
@@ -82,7 +83,11 @@ def seen_bits(marks: Tensor, live: Tensor, position: Tensor | None) -> Tensor:
 
 
 def page_rows(pool: Tensor, page: int) -> Tensor:
-    """The rows of pages [B, K, P, page]: neighbours in the pool, whose rows come first."""
+    """The rows of pages [B, K, P, page]: neighbours in the pool, whose rows come first; every row
+    where a page is one.
+    """
+    if page == 1:
+        return torch.arange(pool.shape[-1], device=pool.device)[:, None].expand(*pool.shape, 1)
     pages = pool.shape[-1] // page
     order = pool.long().argsort(dim=-1, descending=True, stable=True)
     return order[..., : pages * page].unflatten(-1, (pages, page))

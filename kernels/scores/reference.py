@@ -40,15 +40,15 @@ def _received(q: Tensor, k: Tensor, live: Tensor, scale: float, first: int) -> T
     """Attention weights summed over the rows from `first` on and over grouped query heads."""
     received = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
     index = torch.arange(k.shape[2], device=k.device)
-    ahead = k.shape[2] - q.shape[2]
+    ahead, keys = k.shape[2] - q.shape[2], k.float().mT
     for rows in index[first:].split(BLOCK):
         asked = q[:, :, rows - ahead].unflatten(1, (k.shape[1], -1)).float()
-        score = torch.einsum("bkmsd,bktd->bkmst", asked * scale, k.float())
-        seen = live[:, :, None, None] & (index <= rows[:, None])
-        weight = score.masked_fill(~seen, float("-inf")).softmax(-1)
+        score = (asked.flatten(2, 3) * scale) @ keys
+        unseen = ~(live[:, :, None, None] & (index <= rows[:, None]))
+        score = score.unflatten(2, asked.shape[2:4]).masked_fill_(unseen, float("-inf"))
         # a row that sees nothing is padding: its softmax is no number
-        given = weight.masked_fill(~live[:, :, None, rows, None], 0.0)
-        received += given.sum((2, 3))
+        weight = score.softmax(-1).masked_fill_(~live[:, :, None, rows, None], 0.0)
+        received += weight.sum((2, 3))
     return received
 
 
