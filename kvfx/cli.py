@@ -222,6 +222,33 @@ def plan(
 
 
 @app.command()
+def calibrate(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="Write the measurements to this file.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(help="A text file, one prompt per paragraph, instead of built-in prompts."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of each prompt.")] = 512,
+) -> None:
+    """Measure what each layer can do without, for policies that are decided by it."""
+    import kvfx
+
+    source, tokenizer = _load(model)
+    prompts = None if text is None else [part for part in text.read_text().split("\n\n") if part]
+    with _status("capturing") as status:
+        found = kvfx.calibrate(
+            source,
+            prompts,
+            tokenizer=tokenizer,
+            tokens=tokens,
+            progress=lambda done, total: status.update(f"prompt {done} of {total}"),
+        )
+    found.save(out)
+    typer.echo(f"{found.prompts} prompts of {found.tokens} tokens -> {out}")
+
+
+@app.command()
 def policies() -> None:
     """List the methods and the presets."""
     import inspect

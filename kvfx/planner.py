@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 from kvfx.budgets.rounding import share_entries
@@ -44,11 +45,13 @@ class Share:
         held = protected["sinks"] + protected["recent"]
 
         def count(tokens: int) -> int:
-            return share_entries(tokens, fraction, entries, held, select.least(), self.shares)[
-                self.layer
-            ]
+            return _counts(tokens, fraction, entries, held, select.least(), self.shares)[self.layer]
 
         return deferred(f"entries_{self.layer}", count, tokens)
+
+
+# asked for every layer at every step
+_counts = functools.lru_cache(maxsize=1024)(share_entries)
 
 
 @dataclass(frozen=True)

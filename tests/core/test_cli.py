@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import kvfx
 from kvfx.cli import _split, _turn, app
 from kvfx.errors import KvfxError
 from kvfx.testing.tiny import VOCAB, tiny_llama
@@ -313,3 +315,33 @@ def test_python_dash_m():
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: '/nowhere' is no file")
+
+
+def test_plan(folder, tmp_path):
+    """What fits, as a table and as JSON; the plan that it writes is compiled by its file."""
+    path = tmp_path / "plan.json"
+    result = call("plan", folder, "--memory", "64KiB", "--policy", "h2o-20%", "--to", str(path))
+    assert result.exit_code == 0
+    assert "H2O" in result.stdout
+    asked = ("--memory", "64KiB", "--policy", "h2o-20%", "--batch", "2", "--json")
+    found = json.loads(call("plan", folder, *asked).stdout)
+    assert found["unknown"] == "context"
+    assert 0 < found["bytes"] <= 64 * 1024
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    fast = kvfx.compress(model, plan=path, compile=False, verify=False)
+    assert fast.plan.policy == kvfx.policy_named("h2o-20%")
+
+
+def test_plan_of_too_little_memory(folder):
+    result = call("plan", folder, "--memory", "16", "--policy", "full")
+    assert result.exit_code != 0
+    assert "bytes" in result.output
+
+
+def test_calibrate(folder, tmp_path):
+    out, text = tmp_path / "c.safetensors", tmp_path / "prompts.txt"
+    text.write_text("\n\n".join(" ".join(f"w{10 + i % 80}" for i in range(n)) for n in (70, 90)))
+    result = call("calibrate", folder, "--out", str(out), "--text", str(text), "--tokens", "64")
+    assert result.exit_code == 0
+    assert "2 prompts of 64 tokens" in result.stdout
+    assert kvfx.Calibration.load(out).prompts == 2

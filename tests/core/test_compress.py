@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import kvfx
-from kvfx import KIVI, Full, PerLayer, StreamingLLM
-from kvfx.errors import CalibrationError, UnsupportedShape
+from kvfx import KIVI, Full, LayerBudgets, PerLayer, SnapKV, StreamingLLM
+from kvfx.errors import CalibrationError, PolicyError, UnsupportedShape
 from kvfx.planner import Plan
 from kvfx.policies import PRESETS
 from kvfx.testing.tiny import left_padded, tiny, tiny_gemma3, tiny_gpt2, tiny_llama
@@ -94,3 +94,43 @@ def test_the_compiled_model_is_the_eager_one(name, policy):
         kvfx.compress(model, policy, compile=compile, verify=False) for compile in (False, True)
     )
     assert torch.equal(compiled.generate(**prompt, **options), eager.generate(**prompt, **options))
+
+
+def test_a_plan_is_compiled_again(tmp_path):
+    """As an object and as a file: the same plan for the same model, without its policy."""
+    model = tiny_llama(layers=3)
+    policy = LayerBudgets(0.25, (1.5, 1.0, 0.5)) | SnapKV(window=4)
+    first = kvfx.compress(model, policy, compile=False, verify=False)
+    kvfx.save_plan(first.plan, tmp_path / "plan.json")
+    for plan in (first.plan, tmp_path / "plan.json"):
+        again = kvfx.compress(model, plan=plan, compile=False, verify=False)
+        assert again.plan == first.plan
+
+
+def test_a_memory_chooses_the_budget():
+    """The largest that fits: measured bytes are below it, and those of a larger budget are not."""
+    model = tiny_llama()
+    fast = kvfx.compress(
+        model, StreamingLLM(interval=4), memory=40_000, context=200, compile=False, verify=False
+    )
+    ids = torch.full((1, 200), 7)
+    assert fast(ids).past_key_values.nbytes() <= 40_000
+    budget = fast.plan.sites[0].select.budget
+    larger = kvfx.compress(
+        model, StreamingLLM(budget + 0.01, interval=4), compile=False, verify=False
+    )
+    assert larger(ids).past_key_values.nbytes() > 40_000
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({}, "give a policy, or a plan"),
+        ({"policy": Full(), "plan": "plan.json"}, "give a policy, or a plan"),
+        ({"policy": StreamingLLM(), "memory": "1MiB"}, "for how many tokens"),
+    ],
+    ids=["nothing", "both", "no context"],
+)
+def test_what_is_to_be_compiled_has_to_be_said(asked, message):
+    with pytest.raises(PolicyError, match=message):
+        kvfx.compress(tiny_llama(), **asked)
