@@ -17,7 +17,6 @@ from kvfx.policy import (
     Select,
     check_at_least,
     check_budget,
-    check_choice,
 )
 
 
@@ -30,23 +29,21 @@ class PrefixKV(Allocate):
     Models Need for Efficient Generation" (NeurIPS 2025), and its code.
 
     Offline, the search is over the calibration, once; with `online=True`, over the attention of
-    each prompt, on the device, at its end. The cut is found by sorting, which spends exactly the
-    budget, or with `search="bisect"` by halving as published (online; it ends where halving finds
-    nothing more, and is then completed). Alone it keeps tokens as published (`PrefixTokens`); any
-    method that selects can be named instead: `PrefixKV(0.25) | SnapKV()`.
+    each prompt, on the device, at its end. The cut is found by sorting, which spends the budget
+    exactly and always ends (published: by halving, to within 5 tokens). Alone it keeps tokens as
+    published (`PrefixTokens`); any method that selects can be named instead: `PrefixKV(0.25) |
+    SnapKV()`.
     Different: positions stay true; during decode, entries are ranked anew every `interval` tokens
     (published: the token at a fixed place goes).
     """
 
     budget: float | int = 0.25
     online: bool = False
-    search: str = "sort"
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.03409"
     allocate: ClassVar[str] = "allocate_prefix"
 
     def __post_init__(self) -> None:
         check_budget("PrefixKV", self.budget)
-        check_choice("PrefixKV", "search", self.search, ("sort", "bisect"))
 
     def resolve(self, calibration: Measurements | None, sites: Sequence[Site]) -> Policy:
         """Shares of equal retained attention, or itself where each prompt decides."""

@@ -9,9 +9,12 @@ from typing import ClassVar
 from kvfx.budgets.pyramid import pyramid_shares
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
-from kvfx.policies.layer_budgets import LayerBudgets, fraction_of
+from kvfx.policies.layer_budgets import LayerBudgets
 from kvfx.policies.snapkv import SnapKV
 from kvfx.policy import Allocate, Measurements, Select, check_budget
+
+# the first layer keeps twice the mean at most
+UNCAPPED = 0.5
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,11 @@ class PyramidKV(Allocate):
 
     def resolve(self, calibration: Measurements | None, sites: Sequence[Site]) -> LayerBudgets:
         """Shares of the sites without a window, in their order."""
+        del calibration
         causal = [site.index for site in sites if site.window is None]
-        fraction = 1.0 if isinstance(self.budget, int) else fraction_of(self, calibration)
-        room = fraction if isinstance(self.budget, float) else 1.0 / 2.0
-        shares = dict(zip(causal, pyramid_shares(len(causal), self.beta, room), strict=True))
+        # of a count it is not known here which part of the tokens it is: only the prompt caps it
+        fraction = self.budget if isinstance(self.budget, float) else UNCAPPED
+        shares = dict(zip(causal, pyramid_shares(len(causal), self.beta, fraction), strict=True))
         return LayerBudgets(self.budget, tuple(shares.get(site.index, 0.0) for site in sites))
 
     def alone(self) -> Select:

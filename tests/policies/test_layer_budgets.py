@@ -140,7 +140,7 @@ def test_windowed_layers_do_not_count():
     [
         (lambda: LayerBudgets(0.25, (1.0, -1.0)), "numbers of at least 0"),
         (lambda: LayerBudgets(0.0, (1.0,)), "0 < budget <= 1"),
-        (lambda: PrefixKV(search="guess"), "search must be one of 'sort', 'bisect'"),
+        (lambda: PrefixKV(budget=1.5), "0 < budget <= 1"),
         (lambda: PyramidKV(beta=0.5), "beta is at least 1"),
         (lambda: CAKE(tau1=0.0), "both are positive"),
         (lambda: SqueezeAttention(part=2.0), "from 0 to 1"),
@@ -148,7 +148,7 @@ def test_windowed_layers_do_not_count():
         (lambda: DynamicKV(most=0.5), "at least 1"),
         (lambda: PrefixKV() | PyramidKV(), "both play the role 'allocate'"),
     ],
-    ids=["share", "budget", "search", "beta", "tau", "part", "temperature", "most", "two"],
+    ids=["share", "budget", "prefix", "beta", "tau", "part", "temperature", "most", "two"],
 )
 def test_what_makes_no_sense_is_refused(make, message):
     with pytest.raises(PolicyError, match=message):
