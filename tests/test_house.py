@@ -43,7 +43,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "kvfx.pass_manager": LEVEL_3,
     # shares and counts from what was measured, as plain numbers
     "kvfx.budgets": ("torch", "kvfx.errors", "kvfx.budgets"),
-    "kvfx.policies": (*LEVEL_3, "kvfx.policies", "kvfx.budgets"),
+    "kvfx.policies": (*LEVEL_3, "kvfx.policies", "kvfx.budgets", "kvfx.sizes"),
     # a pass is given the plan: data that was computed before
     "kvfx.emit": (*LEVEL_3, "kvfx.planner"),
     "kvfx.stages": (*LEVEL_3, "kvfx.emit"),

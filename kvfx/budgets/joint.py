@@ -6,6 +6,8 @@ from torch import Tensor
 
 from kvfx.budgets.knapsack import cheapest_errors
 
+# the parts of tokens whose eviction errors a calibration holds, in their order
+FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 # of the bytes that a choice may add to the cheapest one: one part in so many may stay unused by
 # the search, and is spent afterwards
 CELLS = 1 << 14

@@ -6,6 +6,7 @@ import difflib
 
 from kvfx.errors import PolicyError
 from kvfx.policies.ada_kv import AdaKV
+from kvfx.policies.auto import Auto
 from kvfx.policies.cake import CAKE
 from kvfx.policies.cam import CaM
 from kvfx.policies.chunk_kv import ChunkKV
@@ -70,6 +71,7 @@ METHODS: tuple[type[Policy], ...] = (
     DBudgetKV,
     LayerBudgets,
     KVTuner,
+    Auto,
     PerLayer,
 )
 
@@ -103,6 +105,7 @@ __all__ = [
     "TOVA",
     "XKV",
     "AdaKV",
+    "Auto",
     "CaM",
     "ChunkKV",
     "DBudgetKV",
