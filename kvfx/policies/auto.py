@@ -30,8 +30,9 @@ ATTEMPTS = 8
 @dataclass(frozen=True)
 class Auto(Allocate):
     """Choose for each layer which part of its tokens stays and with how many bits, so that `batch`
-    prompts of `context` tokens take at most `budget` bytes and the calibrated errors of attention are
-    least. Tokens are chosen by the select policy it is composed with; alone, heavy hitters stay.
+    prompts of `context` tokens take at most `budget` bytes and the calibrated errors of attention
+    are least. Tokens are chosen by the select policy it is composed with; alone, heavy hitters
+    stay.
 
     The error of a choice is the sum of squares of what eviction and what quantization alone
     do to the attention of the calibration's last rows, as if they were independent. The search is
