@@ -21,6 +21,7 @@ from kvfx.errors import InputError, KvfxError
 if TYPE_CHECKING:
     from rich.status import Status
 
+    from kvfx.calibration import Calibration
     from kvfx.fit import MemoryPlan
     from kvfx.model import CompressedCache, CompressedModel
     from kvfx.report import Report
@@ -104,6 +105,10 @@ VerifyOption = Annotated[
 MaxLengthOption = Annotated[
     int | None, typer.Option(min=1, help="Most tokens of a conversation.", show_default=False)
 ]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(help="What kvfx calibrate wrote, for policies that read it.", show_default=False),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
@@ -122,6 +127,7 @@ def run(
     compile: CompileOption = True,
     verify: VerifyOption = True,
     max_length: MaxLengthOption = None,
+    calibration: CalibrationOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not use the chat template.")] = False,
 ) -> None:
     """Generate from a compressed cache, then print what was done, how fast, and what it weighs."""
@@ -131,7 +137,14 @@ def run(
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
-    fast = _compress(source, policy, compile=compile, verify=verify, max_length=max_length)
+    fast = _compress(
+        source,
+        policy,
+        compile=compile,
+        verify=verify,
+        max_length=max_length,
+        calibration=_calibration(calibration),
+    )
     ids = tokenizer(prompt, add_special_tokens=not templated, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise InputError("the prompt has no tokens: say something")
@@ -153,6 +166,7 @@ def chat(
     compile: CompileOption = True,
     verify: VerifyOption = True,
     max_length: MaxLengthOption = None,
+    calibration: CalibrationOption = None,
 ) -> None:
     """Talk on one cache, turn after turn; /exit or Ctrl-D ends it."""
     import torch
@@ -160,7 +174,14 @@ def chat(
     source, tokenizer = _load(model)
     if tokenizer.chat_template is None:
         raise InputError(f"{model!r} has no chat template: use `kvfx run --raw`")
-    fast = _compress(source, policy, compile=compile, verify=verify, max_length=max_length)
+    fast = _compress(
+        source,
+        policy,
+        compile=compile,
+        verify=verify,
+        max_length=max_length,
+        calibration=_calibration(calibration),
+    )
     console, cache = _screen(), fast.new_cache()
     console.print(f"[dim]{fast.report.headline()}\n/exit or Ctrl-D ends the chat[/]")
     said: torch.Tensor | None = None
@@ -174,14 +195,17 @@ def chat(
 
 @app.command()
 def explain(
-    model: ModelArgument, policy: PolicyOption = "k8v4", as_json: JsonOption = False
+    model: ModelArgument,
+    policy: PolicyOption = "k8v4",
+    calibration: CalibrationOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what compress would do, site by site, without compiling or running anything."""
     import kvfx
 
     source, _ = _load(model)
     with _status("capturing and rewriting"):
-        report = kvfx.explain(source, policy)
+        report = kvfx.explain(source, policy, calibration=_calibration(calibration))
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -203,6 +227,7 @@ def plan(
     to: Annotated[
         Path | None, typer.Option(help="Write the plan to this file.", show_default=False)
     ] = None,
+    calibration: CalibrationOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what fits: the largest context, the largest batch for a --context, or the largest budget
@@ -212,7 +237,15 @@ def plan(
 
     source, _ = _load(model)
     with _status("capturing"):
-        found = kvfx.plan(source, policy, memory=memory, batch=batch, context=context, new=new)
+        found = kvfx.plan(
+            source,
+            policy,
+            memory=memory,
+            batch=batch,
+            context=context,
+            new=new,
+            calibration=_calibration(calibration),
+        )
     if to is not None:
         kvfx.save_plan(found.plan, to)
     if as_json:
@@ -343,6 +376,7 @@ def evaluate(
     ] = Asking.hidden,
     text: Annotated[str, typer.Option(help="python, shakespeare, or a text file.")] = "python",
     seed: Annotated[int, typer.Option(help="Chooses windows and draws samples.")] = 0,
+    calibration: CalibrationOption = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Keep results here; what it holds is not repeated.", show_default=False),
@@ -372,8 +406,9 @@ def evaluate(
     )
     results = open_results(out)
     source, tokenizer = _load(model)
+    measured = _calibration(calibration)
     with _status("preparing") as status:
-        found = run_suite(model, source, tokenizer, suite, results, status.update)
+        found = run_suite(model, source, tokenizer, suite, results, status.update, measured)
     for policy, reason in results.refused.items():
         typer.echo(f"not measured: {policy}: {reason}", err=True)
     if as_json:
@@ -525,13 +560,19 @@ def _load(model: str) -> tuple[Any, Any]:
     return source.requires_grad_(False), tokenizer
 
 
-def _compress(
-    source: Any, policy: str, *, compile: bool, verify: bool, max_length: int | None
-) -> CompressedModel:
+def _calibration(path: Path | None) -> Calibration | None:
+    if path is None:
+        return None
+    from kvfx.calibration import Calibration
+
+    return Calibration.load(path)
+
+
+def _compress(source: Any, policy: str, *, verify: bool, **options: Any) -> CompressedModel:
     import kvfx
 
     with _status(f"capturing, rewriting{' and verifying' if verify else ''}"):
-        return kvfx.compress(source, policy, compile=compile, verify=verify, max_length=max_length)
+        return kvfx.compress(source, policy, verify=verify, **options)
 
 
 def _stream(

@@ -118,12 +118,19 @@ def compress(
 
 
 def explain(
-    model: PreTrainedModel, policy: Policy | str, *, backend: str = "auto", strict: bool = True
+    model: PreTrainedModel,
+    policy: Policy | str,
+    *,
+    backend: str = "auto",
+    strict: bool = True,
+    calibration: Calibration | None = None,
 ) -> Report:
     """What `compress` would do, site by site, without compiling or running anything."""
     start = time.perf_counter()
-    choose = _chooser(policy, None, None, 1, None, strict, None)
-    lowered = lower(model, choose, backend=backend, compile=True, strict=strict)
+    choose = _chooser(policy, None, None, 1, None, strict, calibration)
+    lowered = lower(
+        model, choose, backend=backend, compile=True, strict=strict, calibration=calibration
+    )
     return make_report(
         lowered.plan,
         lowered.graphs,

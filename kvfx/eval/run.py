@@ -25,6 +25,7 @@ from kvfx.report import short_policy
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from kvfx.calibration import Calibration
     from kvfx.model import CompressedModel
 
 Scores = Fidelity | Retrieval
@@ -46,6 +47,7 @@ def evaluate(
     suite: Suite,
     results: Results,
     tell: Tell,
+    calibration: Calibration | None = None,
 ) -> list[Measurement]:
     """Measure what `results` does not hold yet, and give all that the suite asks for.
 
@@ -60,7 +62,8 @@ def evaluate(
         if results.find(_setting(job, policy)) is None
     }
     wanted = {policy for _, policy in missing}
-    models = _compressed(model, [each for each in policies if each in wanted], results, tell)
+    asked = [each for each in policies if each in wanted]
+    models = _compressed(model, asked, results, tell, calibration)
     for number, job in enumerate(jobs):
         turn = {each: fast for each, fast in models.items() if (number, each) in missing}
         for policy, scores in job.measure(turn).items() if turn else ():
@@ -178,7 +181,11 @@ def _answers(
 
 
 def _compressed(
-    model: PreTrainedModel, policies: Sequence[Policy], results: Results, tell: Tell
+    model: PreTrainedModel,
+    policies: Sequence[Policy],
+    results: Results,
+    tell: Tell,
+    calibration: Calibration | None,
 ) -> dict[Policy, CompressedModel]:
     """The model under each policy that can serve it, not compiled; prompts are read once for
     all.
@@ -189,7 +196,9 @@ def _compressed(
     for number, policy in enumerate(policies, 1):
         tell(f"rewriting {number} of {len(policies)}: {short_policy(policy)}")
         try:
-            models[policy] = compress(model, policy, compile=False, verify=False)
+            models[policy] = compress(
+                model, policy, calibration=calibration, compile=False, verify=False
+            )
         except UnsupportedShape as error:
             results.refused[short_policy(policy)] = str(error)
     share_prefill(list(models.values()))

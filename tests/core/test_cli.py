@@ -345,3 +345,8 @@ def test_calibrate(folder, tmp_path):
     assert result.exit_code == 0
     assert "2 prompts of 64 tokens" in result.stdout
     assert kvfx.Calibration.load(out).prompts == 2
+    policy = ("--policy", "XKV(0.25) | SnapKV(window=4)")
+    assert "decided by measurements" in call("explain", folder, *policy).output
+    result = call("explain", folder, *policy, "--calibration", str(out))
+    assert result.exit_code == 0
+    assert "SnapKV" in result.stdout
