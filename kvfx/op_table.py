@@ -120,10 +120,6 @@ def _position_rows(position_ids: Tensor, kv_heads: int) -> Tensor:
     return position_ids.new_empty(batch, kv_heads, rows)
 
 
-def _resize_flat(start: Tensor, length: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    return start.new_empty(start.shape[0], slots, dtype=torch.int64), torch.empty_like(start)
-
-
 def _live_flat(k_flat: Tensor, start: Tensor, length: Tensor) -> Tensor:
     return _flat_entries(k_flat, start)
 
@@ -660,12 +656,6 @@ OPS: dict[str, Op] = {
             "kvfx.kernels.flat.reference:attend_scored",
             _attend_scored,
             triton="kvfx.kernels.flat.triton:attend_scored",
-        ),
-        Op(
-            "resize_flat",
-            "(Tensor start, Tensor length, SymInt slots) -> (Tensor, Tensor)",
-            "kvfx.kernels.flat.layout:resized",
-            _resize_flat,
         ),
         Op(
             "live_entries_flat",

@@ -13,7 +13,6 @@ from torch.fx.experimental import _config
 from kvfx.cache import CAPACITY
 from kvfx.cuda_graph import ReplayedStep
 from kvfx.errors import CapacityExceeded, InputError, UnsupportedOperation
-from kvfx.ops import overload
 from kvfx.planner import Plan, Schedule, SitePlan
 
 
@@ -97,18 +96,23 @@ class State:
         for schedule, entries in self.entries.items():
             pairs = zip(entries, self._budget(schedule), strict=True)
             self.entries[schedule] = [schedule.compacted(*pair) for pair in pairs]
-        self.measure()
+        self._read_back()
         self._fit(self.entries, self.prompt_tokens, shrink=True)
 
     def measure(self) -> None:
-        """Read back how many entries were kept where only the data tell, and give back the rest."""
+        """Read back how many entries a prompt left where only the data tell, and give back the
+        rest.
+        """
+        self._read_back()
+        if self.measured:
+            self._fit(self.entries, self.prompt_tokens, shrink=True)
+
+    def _read_back(self) -> None:
         for plan, buffers in zip(self.plan.sites, self.buffers, strict=True):
             if plan.schedule.measured:
                 # heads share their memory: what counts is their mean
                 held = buffers["length"].double().mean(1).ceil().long().tolist()
                 self.entries[plan.schedule] = self.measured[plan.schedule] = held
-        if self.measured:
-            self._fit(self.entries, self.prompt_tokens, shrink=True)
 
     def _budget(self, schedule: Schedule) -> Sequence[int]:
         """The tokens that the budget of a schedule refers to."""
@@ -336,16 +340,17 @@ class Executor:
 
 def _spread(plan: SitePlan, old: dict[str, Tensor], capacity: int) -> dict[str, Tensor]:
     """Buffers of heads that share their memory, with the room behind each head for `capacity`."""
-    slots = plan.site.kv_heads * capacity
-    source, start = overload("resize_flat", "reference")(old["start"], old["length"], slots)
-    moved = {"start": start}
-    for name, buffer in plan.buffers.items():
-        if buffer.shape[1] == plan.site.kv_heads * CAPACITY:
-            rows = old[name] if old[name].dim() == 3 else old[name][..., None]
-            index = source.clamp(min=0)[..., None].expand(-1, -1, rows.shape[2])
-            rows = rows.gather(1, index).masked_fill((source < 0)[..., None], 0)
-            moved[name] = rows.reshape(rows.shape[0], slots, *old[name].shape[2:])
-    return {**old, **moved}
+    # tensors are moved here, between programs: no op of a graph
+    from kvfx.kernels.flat.layout import resized, take
+
+    source, start = resized(old["start"], old["length"], plan.site.kv_heads * capacity)
+    per_slot = plan.site.kv_heads * CAPACITY
+    moved = {
+        name: take(old[name], source)
+        for name, buffer in plan.buffers.items()
+        if buffer.shape[1] == per_slot
+    }
+    return {**old, **moved, "start": start}
 
 
 def _mark_fixed_axes(state: State) -> None:

@@ -265,7 +265,6 @@ SAMPLES = {
         {"scale": 0.2},
     ),
     "live_entries_flat": (lambda: (filled("flat")[0], *filled("flat")[2:]), {}),
-    "resize_flat": (lambda: (*filled("flat")[2:], SLOTS + 10), {}),
     "compact_flat": (lambda: (keep(SLOTS), torch.rand(8), *filled("flat")), {"style": "half"}),
     "load_entries_flat": (lambda: (torch.rand(BATCH, SLOTS), *filled("flat")[2:]), {}),
     "store_entries_flat": (
