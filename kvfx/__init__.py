@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         ZipVL,
         policy_named,
     )
+    from kvfx.recommend import recommend
 
 __version__ = "0.1.0"
 __all__ = [
@@ -85,6 +86,7 @@ __all__ = [
     "load_plan",
     "plan",
     "policy_named",
+    "recommend",
     "save_plan",
 ]
 
@@ -96,6 +98,7 @@ HOMES = {
     "explain": "kvfx.compiler",
     "load_plan": "kvfx.plan_file",
     "plan": "kvfx.fit",
+    "recommend": "kvfx.recommend",
     "save_plan": "kvfx.plan_file",
 }
 

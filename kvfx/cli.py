@@ -1,4 +1,6 @@
-"""The command line: `kvfx run | chat | explain | policies | opt | eval | bench`."""
+"""The command line: `kvfx run | chat | explain | plan | recommend | calibrate | policies | opt |
+eval | bench`.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from kvfx.calibration import Calibration
     from kvfx.fit import MemoryPlan
     from kvfx.model import CompressedCache, CompressedModel
+    from kvfx.recommend import Recommendation
     from kvfx.report import Report
 
 # stands for a reply where a chat template is rendered to see what follows one
@@ -255,6 +258,52 @@ def plan(
 
 
 @app.command()
+def recommend(
+    model: ModelArgument,
+    memory: Annotated[
+        str, typer.Option(help="Bytes of the cache: 8GiB, 512MiB, 1.5GB.", show_default=False)
+    ],
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.", show_default=False)],
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    candidates: Annotated[
+        str | None,
+        typer.Option(
+            help="Policies, separated by commas outside of brackets.",
+            show_default="fewer bits, fewer tokens, and both",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of each prompt that is read.")] = 1024,
+    to: Annotated[
+        Path | None, typer.Option(help="Write the best plan to this file.", show_default=False)
+    ] = None,
+    calibration: CalibrationOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Rank policies that fit by what they do to the model's predictions."""
+    import kvfx
+
+    source, tokenizer = _load(model)
+    with _status("capturing") as status:
+        found = kvfx.recommend(
+            source,
+            memory=memory,
+            context=context,
+            batch=batch,
+            candidates=None if candidates is None else _split(candidates),
+            calibration=_calibration(calibration),
+            tokenizer=tokenizer,
+            tokens=tokens,
+            tell=status.update,
+        )
+    if to is not None:
+        kvfx.save_plan(found.plan, to)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _show(found)
+
+
+@app.command()
 def calibrate(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="Write the measurements to this file.")],
@@ -360,6 +409,14 @@ def evaluate(
             show_default="those of the policies",
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Equal bytes instead: 0.25 is a part of the dense cache, 24MiB a size; every "
+            "policy gets the largest budget that fits.",
+            show_default=False,
+        ),
+    ] = None,
     tasks: Annotated[
         str,
         typer.Option(help="perplexity, needle, needle-prose, needle-noise, needle-4-keys."),
@@ -391,6 +448,8 @@ def evaluate(
     from kvfx.eval.text import corpus
     from kvfx.policies import policy_named
 
+    if budgets is not None and memory is not None:
+        raise InputError("--budgets and --memory exclude each other: give one of them")
     chosen = [policy_named(name) for name in _split(policies)]
     suite = Suite(
         policies=with_budgets(chosen, [] if budgets is None else _budgets(budgets)),
@@ -403,6 +462,7 @@ def evaluate(
         chunk=chunk,
         samples=samples,
         question=question.value,
+        memory=() if memory is None else tuple(map(_part, _split(memory))),
     )
     results = open_results(out)
     source, tokenizer = _load(model)
@@ -692,6 +752,14 @@ def _budgets(text: str) -> list[float | int]:
         ) from error
 
 
+def _part(text: str) -> float | str:
+    """A part of the dense cache, or a size."""
+    try:
+        return text if text.isdecimal() else float(text)
+    except ValueError:
+        return text
+
+
 def _show_sections(found: Any, *, markdown: bool) -> None:
     """Tables of measurements: Markdown, or drawn."""
     from kvfx.eval.table import headline, sections
@@ -708,7 +776,7 @@ def _show_sections(found: Any, *, markdown: bool) -> None:
         console.print(part.render())
 
 
-def _show(report: Report | MemoryPlan) -> None:
+def _show(report: Report | MemoryPlan | Recommendation) -> None:
     """The report: drawn on a terminal, plain where the output is a file."""
     console = _screen()
     if console.is_terminal:

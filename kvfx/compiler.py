@@ -33,6 +33,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Room:
+    """The bytes that a cache may take, and for what: `batch` rows of `context` tokens."""
+
+    memory: int | str | None
+    batch: int
+    context: int | None
+
+
+@dataclass(frozen=True)
 class Lowered:
     """The programs of a model under a policy, before anything is compiled."""
 
@@ -66,9 +75,9 @@ def compress(
     `backend="auto"` picks the best backend that exists for the device. `compile=False` runs the
     rewritten graph eagerly. `verify=True` first proves on random tokens that the rewrite under
     `Full()` computes what the model does.
-    `plan` is one that was made before, or its file, in place of a policy. With `memory`, the policy
-    gets the largest budget whose cache for `batch` rows of `context` tokens fits into that many
-    bytes.
+    `plan` is one that was made before, or its file, in place of a policy. With `memory`, or a
+    budget in bytes, the policy gets the largest budget whose cache for `batch` rows of `context`
+    tokens fits into that many bytes; without a policy, `kvfx.recommend` chooses one.
     `calibration` is what allocators and mixed precision read (`kvfx.calibrate`).
     `max_length` bounds the tokens of a conversation. With `prefill_chunk`, prompts are read and
     compressed that many tokens at a time, so that a long one never holds its dense cache: tokens
@@ -85,7 +94,7 @@ def compress(
     start = time.perf_counter()
     if prefill_chunk is not None:
         check_at_least("compress", "prefill_chunk", prefill_chunk, 2)
-    choose = _chooser(policy, plan, memory, batch, context, strict, calibration)
+    choose = _chooser(model, policy, plan, Room(memory, batch, context), strict, calibration)
     lowered = lower(
         model, choose, backend=backend, compile=compile, strict=strict, calibration=calibration
     )
@@ -121,13 +130,16 @@ def explain(
     model: PreTrainedModel,
     policy: Policy | str,
     *,
+    memory: int | str | None = None,
+    batch: int = 1,
+    context: int | None = None,
     backend: str = "auto",
     strict: bool = True,
     calibration: Calibration | None = None,
 ) -> Report:
     """What `compress` would do, site by site, without compiling or running anything."""
     start = time.perf_counter()
-    choose = _chooser(policy, None, None, 1, None, strict, calibration)
+    choose = _chooser(model, policy, None, Room(memory, batch, context), strict, calibration)
     lowered = lower(
         model, choose, backend=backend, compile=True, strict=strict, calibration=calibration
     )
@@ -181,39 +193,62 @@ def _check(calibration: Calibration, model: PreTrainedModel, sites: tuple[Site, 
 
 
 def _chooser(
+    model: PreTrainedModel,
     policy: Policy | str | None,
     plan: Plan | Path | str | None,
-    memory: int | str | None,
-    batch: int,
-    context: int | None,
+    room: Room,
     strict: bool,
     calibration: Calibration | None,
 ) -> Callable[[tuple[Site, ...]], Plan]:
     """How the plan for the sites of a model comes about."""
-    # both are made of what this module does
-    from kvfx.fit import fitted, plans
+    # these are made of what this module does
+    from kvfx.fit import bytes_asked, fitted
     from kvfx.plan_file import load_plan, move_plan
+    from kvfx.recommend import recommend
 
-    if (policy is None) == (plan is None):
-        raise PolicyError("compress: give a policy, or a plan that was made of one")
     if plan is not None:
-        if memory is not None:
-            raise PolicyError("compress(plan=..., memory=...): a plan has its budgets already")
+        if policy is not None or room.memory is not None:
+            raise PolicyError(
+                "compress(plan=...): a plan was made of a policy and has its budgets: give no "
+                "policy= and no memory= with it"
+            )
         return lambda sites: (
             move_plan(plan, sites) if isinstance(plan, Plan) else load_plan(plan, sites)
         )
-    assert policy is not None
+    if policy is None and room.memory is None:
+        raise PolicyError("compress: give a policy, a plan, or memory= and context= to choose by")
+    named = policy_named(policy) if isinstance(policy, str) else policy
+    asked = None if named is None else bytes_asked(named)
+    if asked is not None and room.memory is not None:
+        raise PolicyError(f"compress({named!r}, memory={room.memory!r}): bytes are given twice")
+    memory = room.memory if asked is None else asked
     if memory is None:
-        named = policy_named(policy) if isinstance(policy, str) else policy
+        assert named is not None
         return lambda sites: make_plan(named, sites, strict=strict, calibration=calibration)
-    if context is None:
+    if room.context is None:
         raise PolicyError(f"compress(memory={memory!r}): for how many tokens? give context=")
-
-    def choose(sites: tuple[Site, ...]) -> Plan:
-        plan_for = plans(policy, sites, strict=strict, calibration=calibration)
-        return fitted(plan_for, memory, batch=batch, context=context, new=0).plan
-
-    return choose
+    batch, context = room.batch, room.context
+    if named is None:
+        best = recommend(
+            model,
+            memory=memory,
+            batch=batch,
+            context=context,
+            calibration=calibration,
+            strict=strict,
+        )
+        return lambda sites: move_plan(best.plan, sites)
+    return lambda sites: (
+        fitted(
+            named,
+            sites,
+            memory,
+            batch=batch,
+            context=context,
+            strict=strict,
+            calibration=calibration,
+        ).plan
+    )
 
 
 def raised_graph(model: PreTrainedModel, captured: Graph, trail: Trail, *, strict: bool) -> Graph:

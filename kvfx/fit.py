@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvfx.capture import capture
 from kvfx.compiler import raised_graph
+from kvfx.errors import PolicyError
 from kvfx.geometry import Site
 from kvfx.memory import (
     MOST,
@@ -21,7 +21,7 @@ from kvfx.memory import (
 from kvfx.pass_manager import Trail
 from kvfx.planner import Plan, make_plan
 from kvfx.policies import PerLayer, policy_named
-from kvfx.policy import Composition, Policy, compose
+from kvfx.policy import Allocate, Budget, Policy
 from kvfx.report import aligned, fold_names, short_policy
 from kvfx.sizes import parse_size, size_text
 
@@ -40,10 +40,12 @@ class MemoryPlan:
     with the rest as it was given.
 
     `context` is the prompt of each row, None where any length fits; `new` tokens are decoded after
-    it. `budget` is the fraction that was found, and stands in the policies of `plan`.
+    it. `budget` is the fraction that was found. `asked` is the policy with it, as it is typed;
+    `plan` is what it becomes for the model.
     """
 
     plan: Plan
+    asked: Policy
     unknown: str
     memory: int
     batch: int
@@ -163,9 +165,17 @@ def plan(
     `memory` counts the cache alone. Nothing is compiled or run. Raises CapacityExceeded, which
     names the least that is needed, where nothing fits.
     """
-    sites = sites_of(model, strict=strict)
-    plan_for = plans(policy, sites, strict=strict, calibration=calibration)
-    return fitted(plan_for, memory, batch=batch, context=context, new=new)
+    named = policy_named(policy) if isinstance(policy, str) else policy
+    return fitted(
+        named,
+        sites_of(model, strict=strict),
+        memory,
+        batch=batch,
+        context=context,
+        new=new,
+        strict=strict,
+        calibration=calibration,
+    )
 
 
 def sites_of(model: PreTrainedModel, *, strict: bool) -> tuple[Site, ...]:
@@ -173,57 +183,70 @@ def sites_of(model: PreTrainedModel, *, strict: bool) -> tuple[Site, ...]:
     return raised_graph(model, capture(model), Trail(), strict=strict).sites
 
 
-def plans(
-    policy: Policy | str,
-    sites: tuple[Site, ...],
-    *,
-    strict: bool,
-    calibration: Calibration | None,
-) -> Callable[[float | None], Plan]:
-    """The plan of a policy for a budget, or for its own (None)."""
-    named = policy_named(policy) if isinstance(policy, str) else policy
-
-    def plan_for(budget: float | None) -> Plan:
-        chosen = named if budget is None else with_budget(named, budget)
-        return make_plan(chosen, sites, strict=strict, calibration=calibration)
-
-    return plan_for
-
-
 def fitted(
-    plan_for: Callable[[float | None], Plan],
+    policy: Policy,
+    sites: tuple[Site, ...],
     memory: int | str,
     *,
     batch: int | None,
     context: int | None,
-    new: int,
+    new: int = 0,
+    strict: bool = True,
+    calibration: Calibration | None = None,
 ) -> MemoryPlan:
-    """The same for plans of a policy with a budget, or with its own (None)."""
-    size, made = parse_size(memory), plan_for(None)
+    """What `plan` finds, for the sites of a model."""
+
+    def made(policy: Policy) -> Plan:
+        return make_plan(policy, sites, strict=strict, calibration=calibration)
+
+    def plan_for(budget: float) -> Plan:
+        return made(policy.with_budget(budget))
+
+    size = parse_size(memory)
     if batch is None and context is not None:
-        return MemoryPlan(
-            made, "batch", size, largest_batch(made, size, context, new), context, new
-        )
+        found = made(policy)
+        rows = largest_batch(found, size, context, new)
+        return MemoryPlan(found, policy, "batch", size, rows, context, new)
     rows = 1 if batch is None else batch
     if context is None:
-        length = largest_context(made, size, rows, new)
-        return MemoryPlan(made, "context", size, rows, length, new)
-    if plan_for(1.0).sites == plan_for(0.5).sites:
-        # no budget to vary: it fits as it is, or not
-        check_fit(made, size, rows, context, new)
-        return MemoryPlan(made, "budget", size, rows, context, new)
+        found = made(policy)
+        length = largest_context(found, size, rows, new)
+        return MemoryPlan(found, policy, "context", size, rows, length, new)
+    own = policy.within(size, rows, context)
+    if own is not None or plan_for(1.0).sites == plan_for(0.5).sites:
+        # no budget to look for: it fits as it is, or not
+        asked = policy if own is None else own
+        found = made(asked)
+        check_fit(found, size, rows, context, new)
+        return MemoryPlan(found, asked, "budget", size, rows, context, new)
     budget = fitting_budget(plan_for, size, rows, context, new)
-    return MemoryPlan(plan_for(budget), "budget", size, rows, context, new, budget)
+    asked = policy.with_budget(budget)
+    return MemoryPlan(made(asked), asked, "budget", size, rows, context, new, budget)
 
 
-def with_budget(policy: Policy, budget: float | int) -> Policy:
-    """The policy with another budget wherever it has one."""
-    if isinstance(policy, Composition):
-        return compose(*(with_budget(part, budget) for part in policy.parts()))
+def bytes_asked(policy: Policy) -> int | None:
+    """The bytes that the budget of a policy allows its cache, if it is given in bytes.
+
+    Raises PolicyError for different ones.
+    """
+    found = {parse_size(budget) for budget in _budgets(policy) if isinstance(budget, str)}
+    if len(found) > 1:
+        raise PolicyError(
+            f"{policy!r}: budgets in bytes are those of the whole cache: give one, not {len(found)}"
+        )
+    return next(iter(found), None)
+
+
+def _budgets(policy: Policy) -> list[Budget | None]:
+    """The budgets that count: an allocator's where there is one, else those of select policies."""
     if isinstance(policy, PerLayer):
-        layers = {index: with_budget(part, budget) for index, part in policy.layers.items()}
-        return PerLayer(with_budget(policy.default, budget), layers)
-    known: Any = policy
-    if "budget" not in {field.name for field in fields(known)}:
-        return policy
-    return replace(known, budget=budget)
+        return [
+            each for part in (policy.default, *policy.layers.values()) for each in _budgets(part)
+        ]
+    parts = policy.parts()
+    if len(parts) == 1 and parts[0] is policy:
+        # one that fills bytes by itself needs no search
+        searched = policy.within(1, 1, 1) is None
+        return [getattr(policy, "budget", None)] if searched else []
+    allocators = [part for part in parts if isinstance(part, Allocate)]
+    return [each for part in allocators or parts for each in _budgets(part)]

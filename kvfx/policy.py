@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 
 from kvfx.cache import BATCH, CAPACITY, Buffer, Count, Extent, at_least, budgeted
-from kvfx.errors import PolicyError
+from kvfx.errors import InputError, PolicyError
 from kvfx.geometry import Site
+from kvfx.sizes import parse_size
 
 ROLES = ("allocate", "select", "divide", "refine", "merge", "store", "reuse")
+
+# a fraction of the tokens, a count of entries, or what all buffers may take: "512MiB"
+Budget = float | int | str
 
 # what may be known about each entry besides its key and value; votes are the log of the number of
 # tokens that an entry stands for
@@ -73,6 +77,19 @@ class Policy(ABC):
         """
         del calibration, sites
         return self
+
+    def with_budget(self, budget: Budget) -> Policy:
+        """The policy with another budget, wherever it has one."""
+        known = cast(Any, self)
+        has_one = "budget" in {field.name for field in dataclasses.fields(known)}
+        return dataclasses.replace(known, budget=budget) if has_one else self
+
+    def within(self, memory: int, batch: int, context: int) -> Policy | None:
+        """The policy that fills so many bytes with `batch` prompts of `context` tokens, if it finds
+        that itself; None where a budget has to be searched for.
+        """
+        del memory, batch, context
+        return None
 
     def for_site(self, site: Site, sites: int) -> Policy:
         """The policy that holds at `site` of a model with `sites` sites (combinators choose;
@@ -191,7 +208,7 @@ class Select(Stage):
     decay: ClassVar[float | None] = None
     pool: int = 1
     pooling: str = "mean"
-    budget: float | int
+    budget: Budget
     interval: int
     positions: str
 
@@ -228,7 +245,7 @@ class Select(Stage):
         del site
         return {}
 
-    def with_budget(self, budget: float | int) -> Select:
+    def with_budget(self, budget: Budget) -> Select:
         """The same method with another budget."""
         return dataclasses.replace(cast(Any, self), budget=budget)
 
@@ -249,7 +266,7 @@ class Select(Stage):
 
     def allowed(self, tokens: Count) -> Count:
         """Entries that a prompt of `tokens` tokens may keep per KV head: never fewer of more."""
-        return at_least(budgeted(self.budget, tokens), self.least())
+        return at_least(budgeted(known_budget(self.budget), tokens), self.least())
 
     def keeps(self, rows: int, allowed: int) -> int:
         """How many of `rows` rows stay where `allowed` may, per KV head."""
@@ -276,7 +293,7 @@ class Allocate(Stage):
 
     role: ClassVar[str] = "allocate"
     allocate: ClassVar[str]
-    budget: float | int
+    budget: Budget
 
     @property
     def online(self) -> bool:
@@ -395,6 +412,18 @@ class Composition(Policy):
         """Resolve every part."""
         return compose(*(policy.resolve(calibration, sites) for policy in self.policies))
 
+    def with_budget(self, budget: Budget) -> Policy:
+        """Every part with another budget."""
+        return compose(*(policy.with_budget(budget) for policy in self.policies))
+
+    def within(self, memory: int, batch: int, context: int) -> Policy | None:
+        """What the part that divides memory itself becomes, with the others."""
+        found = [policy.within(memory, batch, context) for policy in self.policies]
+        if not any(found):
+            return None
+        pairs = zip(found, self.policies, strict=True)
+        return compose(*(policy if new is None else new for new, policy in pairs))
+
     def for_site(self, site: Site, sites: int) -> Policy:
         """Ask every part for its choice at `site`."""
         return compose(*(policy.for_site(site, sites) for policy in self.policies))
@@ -419,14 +448,19 @@ def compose(*policies: Policy) -> Policy:
     return parts[0] if len(parts) == 1 else Composition(parts)
 
 
-def check_budget(policy: str, budget: float | int) -> None:
-    """Raise a PolicyError unless `budget` is a fraction in (0, 1] or a positive count of
-    entries.
+def check_budget(policy: str, budget: Budget) -> None:
+    """Raise a PolicyError unless `budget` is a fraction in (0, 1], a positive count of entries, or
+    a size in bytes.
     """
+    rule = "a budget is a fraction in (0, 1], a count of entries, or bytes such as '512MiB'"
+    if isinstance(budget, str):
+        try:
+            parse_size(budget)
+        except InputError as error:
+            raise PolicyError(f"{policy}(budget={budget!r}): {rule}") from error
+        return
     if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise PolicyError(
-            f"{policy}(budget={budget!r}): a budget is a fraction in (0, 1] or a count of entries"
-        )
+        raise PolicyError(f"{policy}(budget={budget!r}): {rule}")
     if isinstance(budget, float) and not 0.0 < budget <= 1.0:
         raise PolicyError(
             f"{policy}(budget={budget!r}): a fraction must satisfy 0 < budget <= 1; give an int "
@@ -434,6 +468,16 @@ def check_budget(policy: str, budget: float | int) -> None:
         )
     if isinstance(budget, int) and budget < 1:
         raise PolicyError(f"{policy}(budget={budget!r}): a count of entries must be at least 1")
+
+
+def known_budget(budget: Budget) -> float | int:
+    """A budget that says how many entries stay; one in bytes raises a PolicyError."""
+    if isinstance(budget, str):
+        raise PolicyError(
+            f"budget={budget!r}: how many entries these bytes hold depends on what is read: say "
+            "for how many rows and tokens, compress(..., batch=, context=)"
+        )
+    return budget
 
 
 def check_choice(policy: str, field: str, value: object, choices: tuple[object, ...]) -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 LENGTH = 4096
 COLUMNS = ("site", "mask", "rope", "policy", "decode ops", "bytes/token*")
 FOOTNOTE = f"* cache bytes of one row after a prompt of {LENGTH:,} tokens, per token"
+# characters of the longest bar
+BAR = 40
 # ops that every program has, whatever the policy
 COMMON_OPS = ("live_rows", "linear")
 
@@ -30,7 +32,9 @@ COMMON_OPS = ("live_rows", "linear")
 @dataclass(frozen=True)
 class SiteReport:
     """The choice at one site: `ops` per program with their backend, cache bytes per token before
-    (dense, in the model's dtype) and after, and a note where the policy was not followed.
+    (dense, in the model's dtype) and after, the `entries` that a KV head keeps of a prompt of 4,096
+    tokens (None where nothing is dropped, or the data tell what), and a note where the policy was
+    not followed.
     """
 
     name: str
@@ -43,6 +47,7 @@ class SiteReport:
     ops: dict[str, tuple[str, ...]]
     before: float
     after: float
+    entries: int | None
     note: str
 
 
@@ -87,7 +92,7 @@ class Report:
 
     def __str__(self) -> str:
         table = aligned([COLUMNS, *self._rows()], right=(len(COLUMNS) - 1,))
-        return "\n".join([self.headline(), *table, *self.remarks()])
+        return "\n".join([self.headline(), *table, *self.remarks(), *self.bars()])
 
     def render(self) -> Table:
         """The same table for a terminal."""
@@ -96,7 +101,7 @@ class Report:
 
         table = Table(
             title=self.headline(),
-            caption="\n".join(self.remarks()),
+            caption="\n".join([*self.remarks(), *self.bars()]),
             box=box.SIMPLE_HEAD,
             padding=0,
             title_style="bold",
@@ -136,6 +141,21 @@ class Report:
             *(
                 f"{kind}: {fold_names(at)}: {reason}" if any(at) else f"{kind}: {reason}"
                 for (kind, reason), at in folded.items()
+            ),
+        ]
+
+    def bars(self) -> list[str]:
+        """What each site that drops tokens keeps, drawn, where that differs."""
+        known = [(site.name, site.entries) for site in self.sites if site.entries is not None]
+        most = max((entries for _, entries in known), default=0)
+        if len({entries for _, entries in known}) < 2:
+            return []
+        width = max(len(name) for name, _ in known)
+        return [
+            f"entries of each KV head after a prompt of {LENGTH:,} tokens:",
+            *(
+                f"{name.ljust(width)}  {'█' * max(1, round(BAR * entries / most))} {entries:,}"
+                for name, entries in known
             ),
         ]
 
@@ -243,8 +263,15 @@ def _site(plan: SitePlan, ops: dict[str, tuple[str, ...]]) -> SiteReport:
         ops=ops,
         before=site.kv_heads * (site.head_dim + site.value_dim) * site.dtype.itemsize,
         after=site_bytes(plan, 1, LENGTH) / LENGTH,
+        entries=_entries(plan),
         note=plan.note,
     )
+
+
+def _entries(plan: SitePlan) -> int | None:
+    """What a policy leaves of a prompt, where that is known before it is read."""
+    known = plan.select is not None and not plan.schedule.measured
+    return plan.schedule.kept(LENGTH, LENGTH) if known else None
 
 
 def _ops_by_site(graph: Graph) -> dict[str, tuple[str, ...]]:

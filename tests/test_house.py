@@ -16,7 +16,15 @@ UNIT_LINES = 200
 # DESIGN 6: room -> what it may import besides the standard library; the longest prefix holds
 LEVEL_0 = ("torch", "kvfx.errors")
 LEVEL_1 = (*LEVEL_0, "kvfx.geometry", "kvfx.op_table", "kvfx.ops")
-LEVEL_2 = (*LEVEL_1, "sympy", "kvfx.graph", "kvfx.provenance", "kvfx.text", "kvfx.cache")
+LEVEL_2 = (
+    *LEVEL_1,
+    "sympy",
+    "kvfx.graph",
+    "kvfx.provenance",
+    "kvfx.text",
+    "kvfx.cache",
+    "kvfx.sizes",
+)
 LEVEL_3 = (*LEVEL_2, "kvfx.policy", "kvfx.verify", "kvfx.pass_manager")
 LEVEL_5 = (
     *LEVEL_3,
@@ -62,6 +70,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "kvfx.memory": (*LEVEL_5, "kvfx.sizes"),
     "kvfx.sizes": ("kvfx.errors",),
     "kvfx.calibration": ("torch", "transformers", "safetensors", "kvfx"),
+    "kvfx.reuse": ("torch", "transformers", "safetensors", "kvfx"),
     "kvfx.models": ("torch", "transformers", "safetensors", "rich", "kvfx.errors"),
     # what users touch; the rooms below are at home here
     "kvfx": ("torch", "sympy", "rich", "typer", "transformers", "kvfx"),

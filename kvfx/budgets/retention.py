@@ -8,12 +8,17 @@ those it is a straight line.
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvfx.budgets.prefix import bisected_counts
 from kvfx.budgets.shares import mean_one
+
+# the published search ends when fewer tokens than these are missing or too many
+TOLERANCE = 5
 
 
 def prefix_shares(retention: Tensor, fraction: float) -> tuple[float, ...]:
@@ -23,6 +28,19 @@ def prefix_shares(retention: Tensor, fraction: float) -> tuple[float, ...]:
     A larger fraction never lowers share * fraction of a layer.
     """
     return mean_one(torch.stack([equal_retention(curves, fraction) for curves in retention]))
+
+
+def bisected_shares(retention: Tensor, fraction: float, tokens: int) -> tuple[float, ...]:
+    """The same by the published search, over prompts of so many tokens: halving a common threshold
+    until no more than 4 tokens are missing or too many.
+    """
+    places = torch.linspace(0, 1, tokens + 1, dtype=torch.float64)
+    counts = []
+    for curves in map(whole_curves, retention):
+        score = _heights(curves, places).diff(dim=1)
+        total = math.ceil(fraction * score.numel())
+        counts.append(bisected_counts(list(score), total, 0, TOLERANCE))
+    return mean_one(torch.tensor(counts))
 
 
 def mass_fractions(retention: Tensor, threshold: float) -> tuple[float, ...]:
@@ -72,6 +90,13 @@ def whole_curves(curves: Tensor) -> Tensor:
     # nothing to retain
     curves[:, 1:] = torch.where(last > 0, curves[:, 1:], 1.0)
     return curves / curves[:, -1:]
+
+
+def _heights(curves: Tensor, places: Tensor) -> Tensor:
+    """Curves [L, G + 1] at fractions of tokens [T]: [L, T]."""
+    steps = curves.shape[1] - 1
+    step = (places * steps).long().clamp(max=steps - 1)
+    return torch.lerp(curves[:, step], curves[:, step + 1], places * steps - step)
 
 
 def _fractions(curves: Tensor, level: Tensor, right: bool) -> Tensor:

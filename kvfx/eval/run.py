@@ -12,6 +12,7 @@ from torch import Tensor
 from kvfx.bench.machine import device_name, today, versions
 from kvfx.errors import UnsupportedShape
 from kvfx.eval.answers import Prompt, Retrieval, answer_prompt, make_prompts
+from kvfx.eval.equal_bytes import at_equal_bytes
 from kvfx.eval.fidelity import Fidelity, dense_log_probs, score_window
 from kvfx.eval.results import Measurement, Results, Setting
 from kvfx.eval.shared_prefill import share_prefill
@@ -53,24 +54,49 @@ def evaluate(
 
     The dense cache is always among the policies: it is the ceiling.
     """
-    policies = tuple(dict.fromkeys((Full(), *suite.policies)))
+    policies = {
+        length: (Full(), *_policies(model, suite, length, results, calibration))
+        for length in suite.lengths
+    }
     jobs = _jobs(name, model, tokenizer, suite, tell)
+    every = [(job, policy) for job in jobs for policy in policies[job.setting.length]]
     missing = {
         (number, policy): _setting(job, policy)
         for number, job in enumerate(jobs)
-        for policy in policies
+        for policy in policies[job.setting.length]
         if results.find(_setting(job, policy)) is None
     }
-    wanted = {policy for _, policy in missing}
-    asked = [each for each in policies if each in wanted]
+    asked = list(dict.fromkeys(policy for _, policy in missing))
     models = _compressed(model, asked, results, tell, calibration)
     for number, job in enumerate(jobs):
         turn = {each: fast for each, fast in models.items() if (number, each) in missing}
         for policy, scores in job.measure(turn).items() if turn else ():
             setting = missing[number, policy]
             results.add(_measured(setting, short_policy(policy), scores, model.device))
-    found = (results.find(_setting(job, policy)) for job in jobs for policy in policies)
+    found = (results.find(_setting(job, policy)) for job, policy in every)
     return [measurement for measurement in found if measurement is not None]
+
+
+def _policies(
+    model: PreTrainedModel,
+    suite: Suite,
+    length: int,
+    results: Results,
+    calibration: Calibration | None,
+) -> tuple[Policy, ...]:
+    """What is measured at a length, besides the dense cache."""
+    chosen = tuple(dict.fromkeys(policy for policy in suite.policies if policy != Full()))
+    if not suite.memory:
+        return chosen
+    return at_equal_bytes(
+        model,
+        chosen,
+        suite.memory,
+        # what is scored is read as well
+        tokens=length + suite.scored + 1,
+        calibration=calibration,
+        refused=results.refused,
+    )
 
 
 def _jobs(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 
 from kvfx.errors import InputError
 from kvfx.eval.answers import HIDDEN, VISIBLE
 from kvfx.eval.tasks import TASKS
 from kvfx.eval.text import Corpus
 from kvfx.policies.parse import nearest
-from kvfx.policy import Policy, compose
+from kvfx.policy import Budget, Policy
 
 PERPLEXITY = "perplexity"
 # one word for several tasks
@@ -19,8 +19,10 @@ FAMILIES = {"needle": ("needle-prose", "needle-noise")}
 
 @dataclass(frozen=True)
 class Suite:
-    """What is asked: `windows` of `scored` tokens, read `chunk` at a time, for perplexity;
-    `samples` with the answer at `depths` in turns, for each of the other tasks.
+    """What is asked: `policies` as they are, or at each `memory` (bytes, or a part of the dense
+    cache's) with the largest budget that fits; `windows` of `scored` tokens, read `chunk` at a
+    time, for perplexity; `samples` with the answer at `depths` in turns, for each of the other
+    tasks.
     """
 
     policies: tuple[Policy, ...]
@@ -34,6 +36,7 @@ class Suite:
     samples: int = 20
     depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     question: str = HIDDEN
+    memory: tuple[float | int | str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("windows", "scored", "chunk", "samples"):
@@ -45,9 +48,9 @@ class Suite:
             raise InputError(f"depths={self.depths!r}: numbers between 0 (start) and 1 (end)")
 
 
-def with_budgets(policies: Sequence[Policy], budgets: Sequence[float | int]) -> tuple[Policy, ...]:
+def with_budgets(policies: Sequence[Policy], budgets: Sequence[Budget]) -> tuple[Policy, ...]:
     """Every policy at every budget; those that have none, once."""
-    given = [each for policy in policies for each in (_at(policy, budgets) or [policy])]
+    given = [policy.with_budget(budget) for policy in policies for budget in budgets] or policies
     return tuple(dict.fromkeys(given))
 
 
@@ -59,21 +62,3 @@ def task_names(names: Sequence[str]) -> tuple[str, ...]:
         if name not in known:
             raise InputError(f"there is no task {name!r}: {nearest(name, (*known, *FAMILIES))}")
     return tuple(dict.fromkeys(chosen))
-
-
-def _at(policy: Policy, budgets: Sequence[float | int]) -> list[Policy]:
-    if not any(_has_budget(part) for part in policy.parts()):
-        return []
-    return [
-        compose(
-            *(
-                replace(part, budget=budget) if _has_budget(part) else part  # type: ignore[type-var]
-                for part in policy.parts()
-            )
-        )
-        for budget in budgets
-    ]
-
-
-def _has_budget(part: Policy) -> bool:
-    return is_dataclass(part) and any(field.name == "budget" for field in fields(part))

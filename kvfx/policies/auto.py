@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,7 +20,16 @@ from kvfx.policies.kivi import KIVI
 from kvfx.policies.layer_budgets import LayerBudgets, calibrated
 from kvfx.policies.per_layer import PerLayer
 from kvfx.policies.window_ring import WindowRing
-from kvfx.policy import Allocate, Measurements, Policy, Select, Store, check_at_least, compose
+from kvfx.policy import (
+    Allocate,
+    Budget,
+    Measurements,
+    Policy,
+    Select,
+    Store,
+    check_at_least,
+    compose,
+)
 from kvfx.sizes import parse_size, size_text
 
 # counts are rounded after the search: so often it is repeated with what they went over
@@ -54,6 +63,14 @@ class Auto(Allocate):
     def roles(self) -> tuple[str, ...]:
         """It says how many entries stay, and in which format."""
         return ("allocate", "store")
+
+    def with_budget(self, budget: Budget) -> Policy:
+        """With other bytes; what counts entries says nothing to it."""
+        return replace(self, budget=budget) if isinstance(budget, str) else self
+
+    def within(self, memory: int, batch: int, context: int) -> Policy:
+        """The same search for other bytes, rows and tokens."""
+        return replace(self, budget=memory, batch=batch, context=context)
 
     def alone(self) -> Select:
         """Heavy hitters."""

@@ -11,7 +11,7 @@ from kvfx.errors import PolicyError
 from kvfx.geometry import Site
 from kvfx.policies.layer_budgets import LayerBudgets, shares_by
 from kvfx.policies.snapkv import SnapKV
-from kvfx.policy import Allocate, Measurements, Select, check_budget
+from kvfx.policy import Allocate, Budget, Measurements, Select, check_budget
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class CAKE(Allocate):
     known here. Alone with SnapKV's choice of tokens.
     """
 
-    budget: float | int = 0.25
+    budget: Budget = 0.25
     tau1: float = 1.0
     tau2: float = 1.0
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.12491"

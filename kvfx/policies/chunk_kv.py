@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvfx.geometry import Site
-from kvfx.policy import Attributes, Select, check_at_least, check_budget, check_choice
+from kvfx.policy import Attributes, Budget, Select, check_at_least, check_budget, check_choice
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ChunkKV(Select):
     Not here: layers that reuse the choice of the one before.
     """
 
-    budget: float | int = 0.25
+    budget: Budget = 0.25
     chunk: int = 10
     window: int = 32
     interval: int = 64

@@ -12,6 +12,7 @@ from kvfx.geometry import Site
 from kvfx.policy import (
     KEEP_ALL,
     Attributes,
+    Budget,
     Merge,
     Policy,
     Select,
@@ -38,7 +39,7 @@ class D2O(Select, Merge):
     attention).
     """
 
-    budget: float | int = 0.2
+    budget: Budget = 0.2
     recent: float = 0.5
     sinks: int = 4
     past: float = 0.5

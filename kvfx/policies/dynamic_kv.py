@@ -11,7 +11,7 @@ from kvfx.errors import PolicyError
 from kvfx.geometry import Site
 from kvfx.policies.layer_budgets import LayerBudgets, fraction_of, shares_by
 from kvfx.policies.snapkv import SnapKV
-from kvfx.policy import Allocate, Measurements, Select, check_budget
+from kvfx.policy import Allocate, Budget, Measurements, Select, check_budget
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class DynamicKV(Allocate):
     first (published: per prompt, while it is read). Alone with SnapKV's choice of tokens.
     """
 
-    budget: float | int = 0.25
+    budget: Budget = 0.25
     most: float = 10.0
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.14838"
 

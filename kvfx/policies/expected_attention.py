@@ -10,7 +10,7 @@ import torch
 from kvfx.cache import BATCH, Buffer
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
-from kvfx.policy import Attributes, Select, check_at_least, check_budget
+from kvfx.policy import Attributes, Budget, Select, check_at_least, check_budget
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ExpectedAttention(Select):
     by the statistics of the first prompt of the conversation (published: the prompt only).
     """
 
-    budget: float | int = 0.25
+    budget: Budget = 0.25
     sinks: int = 4
     future: int = 512
     spread: bool = True

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
-from kvfx.policy import Attributes, Select, check_at_least, check_budget, check_choice
+from kvfx.policy import Attributes, Budget, Select, check_at_least, check_budget, check_choice
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class H2O(Select):
     tokens are evicted `interval` at a time (published: 1).
     """
 
-    budget: float | int = 0.2
+    budget: Budget = 0.2
     recent: float = 0.5
     interval: int = 64
     positions: str = "absolute"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvfx.policy import Attributes, Select, check_at_least, check_budget, check_choice
+from kvfx.policy import Attributes, Budget, Select, check_at_least, check_budget, check_choice
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class KeyDiff(Select):
     ranked anew `interval` at a time.
     """
 
-    budget: float | int = 0.25
+    budget: Budget = 0.25
     sinks: int = 0
     recent: int = 0
     interval: int = 64

@@ -8,6 +8,7 @@ from typing import ClassVar
 from kvfx.policies.h2o import H2O
 from kvfx.policy import (
     Attributes,
+    Budget,
     Refine,
     Select,
     check_at_least,
@@ -42,7 +43,7 @@ class KVCrush(Refine):
     pick: str = "linspace"
     page: int = 1
     seed: int = 0
-    budget: float | int = 0.2
+    budget: Budget = 0.2
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.00022"
     refine: ClassVar[str] = "refine_crush"
 

@@ -11,6 +11,7 @@ from kvfx.geometry import Site
 from kvfx.policy import (
     KEEP_ALL,
     Attributes,
+    Budget,
     Merge,
     Policy,
     Select,
@@ -18,6 +19,7 @@ from kvfx.policy import (
     check_budget,
     check_choice,
     check_fraction,
+    known_budget,
 )
 
 SIGMAS = ("dist", "fixed", "rms", "two_step", "literal")
@@ -47,7 +49,7 @@ class KVMerger(Select, Merge):
     weigh as many tokens as they stand for.
     """
 
-    budget: float | int = 0.5
+    budget: Budget = 0.5
     mode: str = "exact"
     threshold: float = 0.75
     sinks: int = 4
@@ -99,7 +101,7 @@ class KVMerger(Select, Merge):
         if site.is_outer(sites):
             return KEEP_ALL
         outer = min(3, sites)
-        rest = (self.budget * sites - outer) / max(1, sites - outer)
+        rest = (known_budget(self.budget) * sites - outer) / max(1, sites - outer)
         if self.mode == "exact" and rest <= 0.0:
             raise PolicyError(
                 f"{self!r}: {outer} of {sites} layers kept whole are more than the budget"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kvfx.errors import CalibrationError, PolicyError
 from kvfx.geometry import Site
 from kvfx.policies.h2o import H2O
-from kvfx.policy import Allocate, Measurements, Policy, Select, check_budget
+from kvfx.policy import Allocate, Budget, Measurements, Policy, Select, check_budget, known_budget
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class LayerBudgets(Allocate):
     hitters stay (`H2O`). Counts are whole numbers whose sum is exact.
     """
 
-    budget: float | int
+    budget: Budget
     shares: tuple[float, ...]
 
     def __post_init__(self) -> None:
@@ -90,6 +90,7 @@ def shares_by(
 
 def fraction_of(policy: Allocate, calibration: Measurements | None) -> float:
     """The budget as a part of the tokens: a count, as a part of a calibration prompt."""
-    if isinstance(policy.budget, float) or calibration is None:
-        return float(policy.budget)
-    return min(1.0, policy.budget / calibration.tokens)
+    budget = known_budget(policy.budget)
+    if isinstance(budget, float) or calibration is None:
+        return float(budget)
+    return min(1.0, budget / calibration.tokens)

@@ -11,7 +11,7 @@ from kvfx.errors import PolicyError
 from kvfx.geometry import Site
 from kvfx.policies.h2o import H2O
 from kvfx.policies.layer_budgets import LayerBudgets, shares_by
-from kvfx.policy import Allocate, Measurements, Select, check_budget
+from kvfx.policy import Allocate, Budget, Measurements, Select, check_budget
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class MEDA(Allocate):
     between text and images), and only the allocation is MEDA's. Alone, heavy hitters stay.
     """
 
-    budget: float | int = 0.25
+    budget: Budget = 0.25
     temperature: float = 1.0
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.17599"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
-from kvfx.policy import Policy
+from kvfx.policy import Budget, Policy
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class PerLayer(Policy):
         """The roles that are played at some layer."""
         policies = (self.default, *self.layers.values())
         return tuple(dict.fromkeys(role for policy in policies for role in policy.roles()))
+
+    def with_budget(self, budget: Budget) -> Policy:
+        """The policy of every layer with another budget."""
+        layers = {index: policy.with_budget(budget) for index, policy in self.layers.items()}
+        return PerLayer(self.default.with_budget(budget), layers)
 
     def for_site(self, site: Site, sites: int) -> Policy:
         """The policy of one layer; a layer that the model does not have raises a PolicyError."""

@@ -11,7 +11,7 @@ from kvfx.errors import PolicyError
 from kvfx.geometry import Site
 from kvfx.policies.layer_budgets import LayerBudgets
 from kvfx.policies.snapkv import SnapKV
-from kvfx.policy import Allocate, Measurements, Select, check_budget
+from kvfx.policy import Allocate, Budget, Measurements, Select, check_budget
 
 # the first layer keeps twice the mean at most
 UNCAPPED = 0.5
@@ -29,7 +29,7 @@ class PyramidKV(Allocate):
     window of the select policy is in every layer's budget and is not part of the pyramid.
     """
 
-    budget: float | int = 0.25
+    budget: Budget = 0.25
     beta: float = 20.0
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.02069"
 

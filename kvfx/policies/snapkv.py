@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
-from kvfx.policy import Attributes, Select, check_at_least, check_budget, check_choice
+from kvfx.policy import Attributes, Budget, Select, check_at_least, check_budget, check_choice
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class SnapKV(Select):
     window, and older ones fade by 1 - 1 / 32 per row.
     """
 
-    budget: float | int = 0.25
+    budget: Budget = 0.25
     window: int = 32
     pool: int = 5
     pooling: str = "mean"

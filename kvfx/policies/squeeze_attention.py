@@ -11,7 +11,7 @@ from kvfx.errors import CalibrationError, PolicyError
 from kvfx.geometry import Site
 from kvfx.policies.h2o import H2O
 from kvfx.policies.layer_budgets import LayerBudgets, shares_by
-from kvfx.policy import Allocate, Measurements, Select, check_at_least, check_budget
+from kvfx.policy import Allocate, Budget, Measurements, Select, check_at_least, check_budget
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class SqueezeAttention(Allocate):
     heavy hitters stay.
     """
 
-    budget: float | int = 0.25
+    budget: Budget = 0.25
     groups: int = 3
     part: float = 0.35
     paper: ClassVar[str] = "https://arxiv.org/abs/2404.04793"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvfx.policy import Attributes, Select, check_at_least, check_budget, check_choice
+from kvfx.policy import Attributes, Budget, Select, check_at_least, check_budget, check_choice
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class StreamingLLM(Select):
     attention is dense, as for every policy here, and only then trimmed.
     """
 
-    budget: float | int = 0.25
+    budget: Budget = 0.25
     sinks: int = 4
     interval: int = 64
     positions: str = "cache"

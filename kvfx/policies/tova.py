@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvfx.geometry import Site
-from kvfx.policy import Attributes, Select, check_at_least, check_budget, check_choice
+from kvfx.policy import Attributes, Budget, Select, check_at_least, check_budget, check_choice
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class TOVA(Select):
     and tokens are evicted `interval` at a time (published: 1), by the row before the eviction.
     """
 
-    budget: float | int = 0.25
+    budget: Budget = 0.25
     interval: int = 64
     positions: str = "absolute"
     paper: ClassVar[str] = "https://arxiv.org/abs/2401.06104"

@@ -10,7 +10,7 @@ from kvfx.budgets.uncomp import uncomp_shares
 from kvfx.geometry import Site
 from kvfx.policies.layer_budgets import LayerBudgets, shares_by
 from kvfx.policies.snapkv import SnapKV
-from kvfx.policy import Allocate, Measurements, Select, check_budget
+from kvfx.policy import Allocate, Budget, Measurements, Select, check_budget
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class UNComp(Allocate):
     choice of tokens.
     """
 
-    budget: float | int = 0.25
+    budget: Budget = 0.25
     drop: float = 1.0
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.03090"
 

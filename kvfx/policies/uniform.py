@@ -9,7 +9,7 @@ from typing import ClassVar
 from kvfx.geometry import Site
 from kvfx.policies.h2o import H2O
 from kvfx.policies.layer_budgets import LayerBudgets
-from kvfx.policy import Allocate, Measurements, Select, check_budget
+from kvfx.policy import Allocate, Budget, Measurements, Select, check_budget
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Uniform(Allocate):
     Alone, heavy hitters stay (`H2O`).
     """
 
-    budget: float | int = 0.25
+    budget: Budget = 0.25
     paper: ClassVar[str] = ""
 
     def __post_init__(self) -> None:

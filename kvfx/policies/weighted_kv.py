@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvfx.geometry import Site
-from kvfx.policy import Attributes, Merge, Select, check_at_least, check_budget
+from kvfx.policy import Attributes, Budget, Merge, Select, check_at_least, check_budget
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class WeightedKV(Select, Merge):
     evicted `interval` at a time, ranked by what they got themselves.
     """
 
-    budget: float | int = 0.25
+    budget: Budget = 0.25
     sinks: int = 4
     recent: int = 32
     interval: int = 64

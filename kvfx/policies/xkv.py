@@ -10,7 +10,7 @@ from kvfx.budgets.marginal import xkv_shares
 from kvfx.geometry import Site
 from kvfx.policies.h2o import H2O
 from kvfx.policies.layer_budgets import LayerBudgets, fraction_of, shares_by
-from kvfx.policy import Allocate, Measurements, Select, check_budget
+from kvfx.policy import Allocate, Budget, Measurements, Select, check_budget
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class XKV(Allocate):
     hitters stay.
     """
 
-    budget: float | int = 0.25
+    budget: Budget = 0.25
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.05896"
 
     def __post_init__(self) -> None:

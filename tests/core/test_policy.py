@@ -75,8 +75,8 @@ def test_one_role_twice_names_both(first, second, role):
         (float("nan"), "0 < budget <= 1"),
         (0, "at least 1"),
         (-4, "at least 1"),
-        (True, "a fraction in (0, 1] or a count of entries"),
-        ("25%", "a fraction in (0, 1] or a count of entries"),
+        (True, "a fraction in (0, 1], a count of entries, or bytes"),
+        ("25%", "a fraction in (0, 1], a count of entries, or bytes"),
     ],
 )
 def test_a_budget_out_of_range_names_the_rule(budget, rule):

@@ -77,6 +77,18 @@ def test_rendered_table_has_the_same_rows(mixed):
         assert word in text
 
 
+def test_budgets_that_differ_are_drawn(mixed):
+    assert mixed.bars() == []
+    report = kvfx.explain(tiny_llama(layers=3), "PyramidKV(0.25) | SnapKV()")
+    kept = [site.entries for site in report.sites]
+    assert sum(kept) == 3 * LENGTH // 4
+    bars = report.bars()
+    assert bars == str(report).splitlines()[-4:]
+    for bar, entries in zip(bars[1:], kept, strict=True):
+        assert bar.endswith(f" {entries:,}")
+        assert bar.count("█") == round(40 * entries / max(kept))
+
+
 def test_windows_are_noted():
     text = str(kvfx.explain(tiny_gemma3(), Full()))
     assert "window 16" in text

@@ -10,6 +10,7 @@ import torch
 import kvfx
 from kvfx import KIVI, Full, KeyDiff, PrefixKV, SnapKV
 from kvfx.budgets.prefix import prefix_counts
+from kvfx.errors import PolicyError
 from kvfx.policies.prefix_kv import PrefixTokens
 from kvfx.testing.tiny import left_padded
 
@@ -47,6 +48,21 @@ def test_online_counts_are_those_of_the_exact_search(small, lengths):
         found = [int(buffers["length"][row, 0]) for buffers in held]
         assert sum(found) == total
         assert found == expected
+
+
+def test_both_searches_spend_the_budget(small, calibration):
+    found = [
+        compressed(small, PrefixKV(0.25, search=search), calibration).plan
+        for search in ("exact", "bisect")
+    ]
+    for plan in found:
+        assert sum(site.schedule.kept(400, 400) for site in plan.sites) == 5 * 100
+    pairs = zip(*(plan.policy.parts()[0].shares for plan in found), strict=True)
+    assert all(abs(exact - halved) < 0.1 for exact, halved in pairs)
+    with pytest.raises(PolicyError, match="search must be one of 'exact', 'bisect'"):
+        PrefixKV(search="other")
+    with pytest.raises(PolicyError, match="on the device the search sorts"):
+        PrefixKV(online=True, search="bisect")
 
 
 def test_online_memory_is_given_back(small):
