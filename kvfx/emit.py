@@ -126,7 +126,7 @@ class Emitter:
 
 def add_tokens_input(graph: Graph) -> fx.Node:
     """The input `prompt_tokens` [B]: tokens of the prompt that budgets refer to."""
-    return _add_input(graph, "prompt_tokens", graph.input("position_ids").meta["val"][:, 0])
+    return add_input(graph, "prompt_tokens", graph.input("position_ids").meta["val"][:, 0])
 
 
 def add_history_inputs(graph: Graph) -> tuple[fx.Node, fx.Node]:
@@ -134,11 +134,11 @@ def add_history_inputs(graph: Graph) -> tuple[fx.Node, fx.Node]:
     positions = graph.input("position_ids").meta["val"]
     mode = fake_mode(positions)
     assert mode is not None
-    length = _symbol(mode, "history", HINT)
+    length = new_size(mode, "history", HINT)
     with mode:
         values = [positions.new_empty(positions.shape[0], length) for _ in range(2)]
-    ids = _add_input(graph, "history_ids", values[0])
-    return ids, _add_input(graph, "history_positions", values[1])
+    ids = add_input(graph, "history_ids", values[0])
+    return ids, add_input(graph, "history_positions", values[1])
 
 
 def add_buffer_inputs(
@@ -154,7 +154,7 @@ def add_buffer_inputs(
         known[layout] = _buffer_values(graph, plan, buffers)
     prefix = f"site_{plan.site.index}"
     values = zip(buffers, known[layout], strict=True)
-    return {name: _add_input(graph, f"{prefix}_{name}", value) for name, value in values}
+    return {name: add_input(graph, f"{prefix}_{name}", value) for name, value in values}
 
 
 def _buffer_values(
@@ -166,7 +166,7 @@ def _buffer_values(
     prefix = f"site_{plan.site.index}"
     sizes: dict[object, torch.SymInt] = {
         BATCH: positions.shape[0],
-        CAPACITY: _symbol(mode, f"{prefix}_capacity", HINT),
+        CAPACITY: new_size(mode, f"{prefix}_capacity", HINT),
     }
     values = []
     for name, buffer in buffers.items():
@@ -189,12 +189,12 @@ def _symbolic_shape(
         if extent in sizes
         else hint
         if isinstance(extent, int)
-        else _symbol(mode, f"{name}_{axis}", hint)
+        else new_size(mode, f"{name}_{axis}", hint)
         for axis, (extent, hint) in enumerate(zip(buffer.shape, hints, strict=True))
     ]
 
 
-def _symbol(mode: torch._subclasses.FakeTensorMode, name: str, hint: int) -> torch.SymInt:
+def new_size(mode: torch._subclasses.FakeTensorMode, name: str, hint: int) -> torch.SymInt:
     """A fresh size that is only known at run time."""
     # these modules load the whole of Dynamo, which takes seconds: not at import
     from torch._dynamo.source import ConstantSource
@@ -207,7 +207,7 @@ def _symbol(mode: torch._subclasses.FakeTensorMode, name: str, hint: int) -> tor
     return cast(torch.SymInt, environment.create_symintnode(symbol, hint=hint, source=source))
 
 
-def _add_input(graph: Graph, name: str, value: object) -> fx.Node:
+def add_input(graph: Graph, name: str, value: object) -> fx.Node:
     """A new input after the existing ones."""
     last = graph.module.graph.find_nodes(op="placeholder")[-1]
     with graph.module.graph.inserting_after(last):

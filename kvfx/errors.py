@@ -33,6 +33,10 @@ class CalibrationError(KvfxError):
     """A calibration does not fit the model it is used with."""
 
 
+class StoreError(KvfxError):
+    """A store of segments cannot be used, or a segment is not one that it may hold."""
+
+
 class PolicyError(KvfxError, ValueError):
     """A policy is unknown, has a knob out of range, or does not compose."""
 

@@ -171,6 +171,33 @@ def _per_row(x: Tensor, _: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.float32)
 
 
+def _attend_rows(
+    q: Tensor, position_ids: Tensor, k_rows: Tensor, v_rows: Tensor, **_: object
+) -> Tensor:
+    return _like_query(q, k_rows, v_rows)
+
+
+def _received(q: Tensor, k_rows: Tensor, *_: object, **__: object) -> Tensor:
+    return k_rows.new_empty(k_rows.shape[:3], dtype=torch.float32)
+
+
+def _deviation(new: Tensor, *_: object, **__: object) -> Tensor:
+    return new.new_empty(new.shape[:3], dtype=torch.float32)
+
+
+def _weighed(deviation: Tensor, *_: object) -> Tensor:
+    return deviation.new_empty(deviation.shape[0], deviation.shape[2])
+
+
+def _chosen(score: Tensor, must: Tensor, may: Tensor, slots: Tensor) -> Tensor:
+    return score.new_empty(score.shape[0], slots.shape[0], dtype=torch.int64)
+
+
+def _taken(x: Tensor, rows: Tensor, *, axis: int) -> Tensor:
+    moved = x.movedim(axis, 1)
+    return moved.new_empty(*rows.shape, *moved.shape[2:]).movedim(1, axis)
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -732,6 +759,56 @@ OPS: dict[str, Op] = {
             "(Tensor before, Tensor after) -> Tensor",
             "kvfx.kernels.probe.reference:similarity",
             _per_row,
+        ),
+        Op(
+            "scatter_rows",
+            "(Tensor k, Tensor v, Tensor position_ids, Tensor(a!) k_rows, Tensor(b!) v_rows) -> ()",
+            "kvfx.kernels.reuse.reference:scatter_rows",
+            _nothing,
+        ),
+        Op(
+            "attend_rows",
+            "(Tensor q, Tensor position_ids, Tensor k_rows, Tensor v_rows, *, float scale, "
+            "int? window=None) -> Tensor",
+            "kvfx.kernels.reuse.reference:attend_rows",
+            _attend_rows,
+        ),
+        Op(
+            "column_attention",
+            "(Tensor q, Tensor k_rows, Tensor position_ids, *, float scale, int? window=None) "
+            "-> Tensor",
+            "kvfx.kernels.reuse.reference:column_attention",
+            _received,
+        ),
+        Op(
+            "row_deviation",
+            "(Tensor new, Tensor old_rows, Tensor position_ids, *, str norm) -> Tensor",
+            "kvfx.kernels.reuse.reference:row_deviation",
+            _deviation,
+        ),
+        Op(
+            "weigh_rows",
+            "(Tensor deviation, Tensor received, Tensor position_ids) -> Tensor",
+            "kvfx.kernels.reuse.reference:weigh_rows",
+            _weighed,
+        ),
+        Op(
+            "choose_rows",
+            "(Tensor score, Tensor must, Tensor may, Tensor slots) -> Tensor",
+            "kvfx.kernels.reuse.reference:choose_rows",
+            _chosen,
+        ),
+        Op(
+            "take_rows",
+            "(Tensor x, Tensor rows, *, int axis) -> Tensor",
+            "kvfx.kernels.reuse.reference:take_rows",
+            _taken,
+        ),
+        Op(
+            "take_positions",
+            "(Tensor position_ids, Tensor rows) -> Tensor",
+            "kvfx.kernels.reuse.reference:take_positions",
+            _like_second,
         ),
     )
 }

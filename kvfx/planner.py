@@ -22,6 +22,7 @@ from kvfx.policy import (
     Merge,
     Policy,
     Refine,
+    Reuse,
     Select,
     Stage,
     Store,
@@ -263,7 +264,7 @@ def _assign_roles(everywhere: Policy, policy: Policy, site: Site) -> SitePlan:
     refine = next((part for part in parts if isinstance(part, Refine)), None)
     merge = next((part for part in parts if isinstance(part, Merge)), None)
     allocate = next((part for part in parts if isinstance(part, Allocate)), None)
-    unknown = [part for part in parts if not isinstance(part, (Store, Stage))]
+    unknown = [part for part in parts if not isinstance(part, (Store, Stage, Reuse))]
     if unknown:
         raise PolicyError(
             f"{site.name}: {unknown[0]!r} plays a role that this version cannot compile"

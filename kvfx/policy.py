@@ -394,6 +394,32 @@ class Merge(Stage):
         """Keyword arguments of the `merge` op at `site`."""
 
 
+class Reuse(Policy):
+    """Where keys and values of a prompt come from, besides computing them: from earlier prompts
+    (`kvfx.reuse`). The cache afterwards is that of the other policies.
+
+    `finds` says what is looked for in a store of segments: the `"prefix"` of the prompt; whole
+    `"pieces"` of it; any `"fragments"`; a `"similar"` prompt; or texts for the slots of a template,
+    with what `"anchors"` say about them. Of each reused piece, `leading` rows are computed again.
+    With a `check`, all rows are computed up to the site `layer`, ranked there by that rule, and the
+    part `ratio` of the reused ones, the worst, is computed to the end. While decoding, each step
+    computes up to `repairs` rows again.
+    """
+
+    role: ClassVar[str] = "reuse"
+    finds: ClassVar[str]
+    check: ClassVar[str | None] = None
+    leading: int = 0
+    ratio: float = 0.0
+    layer: int = 1
+    repairs: int = 0
+
+    @property
+    def approximate(self) -> bool:
+        """Whether rows may differ from what the whole prompt would have made of them."""
+        return self.finds != "prefix"
+
+
 @dataclass(frozen=True)
 class Composition(Policy):
     """Several policies of different roles, in one compiled program. Built by `a | b`."""

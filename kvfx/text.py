@@ -29,6 +29,9 @@ AXES = {
     "position_ids": ("B", "S"),
     "logits_index": ("L",),
     "prompt_tokens": ("B",),
+    "must": ("B", "S"),
+    "may": ("B", "S"),
+    "slots": ("R",),
 }
 
 

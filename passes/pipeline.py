@@ -8,6 +8,7 @@ from kvfx.pass_manager import Pass
 from kvfx.passes.canonicalize import Canonicalize
 from kvfx.passes.history_masks import HistoryMasks
 from kvfx.passes.insert_cache import InsertCache
+from kvfx.passes.insert_reuse import Check, InsertReuse
 from kvfx.passes.match_attention import MatchAttention
 from kvfx.passes.match_masks import MatchMasks
 from kvfx.passes.match_rope import MatchRope
@@ -57,6 +58,16 @@ def program_passes(program: str, plan: Plan, target: Target) -> tuple[Pass, ...]
         # one row through a linear layer is bound by memory: let Inductor fuse it instead of
         # calling a GEMM
         *((StreamWeights(),) if program == "decode" and target.inductor_cpu else ()),
+        # from here on each op says who runs it
+        SelectBackend(target.backend),
+    )
+
+
+def reuse_passes(check: Check | None, watch: int | None, target: Target) -> tuple[Pass, ...]:
+    """RAISED to LOWERED: once per program of reuse, `partial` or, with a check, `precheck`."""
+    return (
+        # rows at any positions write over the live rows and see them: no cache is asked
+        InsertReuse(check, watch),
         # from here on each op says who runs it
         SelectBackend(target.backend),
     )

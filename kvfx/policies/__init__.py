@@ -7,23 +7,29 @@ import difflib
 from kvfx.errors import PolicyError
 from kvfx.policies.ada_kv import AdaKV
 from kvfx.policies.auto import Auto
+from kvfx.policies.cache_blend import CacheBlend
 from kvfx.policies.cake import CAKE
 from kvfx.policies.cam import CaM
 from kvfx.policies.chunk_kv import ChunkKV
 from kvfx.policies.d2o import D2O
 from kvfx.policies.dbudget_kv import DBudgetKV
 from kvfx.policies.dynamic_kv import DynamicKV
+from kvfx.policies.epic import EPIC
+from kvfx.policies.exact_prefix import ExactPrefix
 from kvfx.policies.expected_attention import ExpectedAttention
 from kvfx.policies.full import Full
 from kvfx.policies.h2o import H2O
 from kvfx.policies.key_diff import KeyDiff
 from kvfx.policies.kivi import KIVI
 from kvfx.policies.knorm import KNorm
+from kvfx.policies.kv_comm import KVCOMM
 from kvfx.policies.kv_crush import KVCrush
 from kvfx.policies.kv_merger import KVMerger
+from kvfx.policies.kv_share import KVShare
 from kvfx.policies.kv_tuner import KVTuner
 from kvfx.policies.layer_budgets import LayerBudgets
 from kvfx.policies.meda import MEDA
+from kvfx.policies.naive_reuse import NaiveReuse
 from kvfx.policies.parse import parse_policy
 from kvfx.policies.per_layer import PerLayer
 from kvfx.policies.prefix_kv import PrefixKV, PrefixTokens
@@ -73,6 +79,12 @@ METHODS: tuple[type[Policy], ...] = (
     KVTuner,
     Auto,
     PerLayer,
+    ExactPrefix,
+    NaiveReuse,
+    EPIC,
+    CacheBlend,
+    KVShare,
+    KVCOMM,
 )
 
 PRESETS: dict[str, Policy] = {
@@ -97,8 +109,10 @@ PRESETS: dict[str, Policy] = {
 __all__ = [
     "CAKE",
     "D2O",
+    "EPIC",
     "H2O",
     "KIVI",
+    "KVCOMM",
     "MEDA",
     "METHODS",
     "PRESETS",
@@ -107,17 +121,21 @@ __all__ = [
     "AdaKV",
     "Auto",
     "CaM",
+    "CacheBlend",
     "ChunkKV",
     "DBudgetKV",
     "DynamicKV",
+    "ExactPrefix",
     "ExpectedAttention",
     "Full",
     "KNorm",
     "KVCrush",
     "KVMerger",
+    "KVShare",
     "KVTuner",
     "KeyDiff",
     "LayerBudgets",
+    "NaiveReuse",
     "PerLayer",
     "PrefixKV",
     "PyramidKV",

@@ -338,6 +338,21 @@ def test_plan_of_too_little_memory(folder):
     assert "bytes" in result.output
 
 
+def test_recommend(folder, tmp_path):
+    plan = tmp_path / "plan.json"
+    asked = ("recommend", folder, "--memory", "40KiB", "--context", "200", "--tokens", "70")
+    result = call(*asked, "--candidates", "kivi-2bit,StreamingLLM(),full", "--to", str(plan))
+    assert result.exit_code == 0
+    assert result.stdout.startswith("StreamingLLM(budget=")
+    assert "not measured: KIVI(bits=2): " in result.stdout
+    assert "not measured: Full(): needs" in result.stdout
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    fast = kvfx.compress(model, plan=plan, compile=False, verify=False)
+    assert fast.memory(1, 200) <= 40 * 1024
+    document = json.loads(call(*asked, "--candidates", "streaming-25%", "--json").stdout)
+    assert document["policy"].startswith("StreamingLLM(")
+
+
 def test_calibrate(folder, tmp_path):
     out, text = tmp_path / "c.safetensors", tmp_path / "prompts.txt"
     text.write_text("\n\n".join(" ".join(f"w{10 + i % 80}" for i in range(n)) for n in (70, 90)))

@@ -194,6 +194,26 @@ SAMPLES = {
         },
     ),
     "probe_similarity": (lambda: (rows()[:, 0], rows()[:, 1]), {}),
+    "scatter_rows": (
+        lambda: (rows(), rows(), positions(), rows(count=CAPACITY), rows(count=CAPACITY)),
+        {},
+    ),
+    "attend_rows": (
+        lambda: (rows(HEADS), positions(), rows(count=CAPACITY), rows(count=CAPACITY)),
+        {"scale": 0.2, "window": 3},
+    ),
+    "column_attention": (
+        lambda: (rows(HEADS), rows(count=CAPACITY), positions()),
+        {"scale": 0.2, "window": 3},
+    ),
+    "row_deviation": (lambda: (rows(), rows(count=CAPACITY), positions()), {"norm": "l1"}),
+    "weigh_rows": (lambda: (scores(), scores(CAPACITY), positions()), {}),
+    "choose_rows": (
+        lambda: (scores()[:, 0], keep()[:, 0], keep()[:, 0], torch.empty(ROWS + 1)),
+        {},
+    ),
+    "take_rows": (lambda: (rows(), positions() - 7), {"axis": 2}),
+    "take_positions": (lambda: (positions(), positions() - 7), {}),
     "share_entries": (
         lambda: (torch.tensor([5, 9]),),
         {
@@ -326,7 +346,7 @@ def test_torch_accepts_the_op(name, backend):
     torch.library.opcheck(overload(name, backend), given, attributes, test_utils=checks)
 
 
-WRITING = ("store", "append", "flush", "compact")
+WRITING = ("store", "append", "flush", "compact", "scatter")
 
 
 def described(value: object) -> object:
