@@ -45,6 +45,13 @@ class State:
         self.next_position = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self.replayed: ReplayedStep | None = None
 
+    def read(self, input_ids: Tensor, logits_index: Tensor) -> Tensor | None:
+        """Read rows [B, S] without the programs of the model: logits [B, L, V], or None where this
+        state has nothing of its own to do so.
+        """
+        del input_ids, logits_index
+        return None
+
     def tensors(self) -> list[Tensor]:
         """All buffers in the order in which programs take them."""
         return [tensor for buffers in self.buffers for tensor in buffers.values()]
@@ -228,6 +235,9 @@ class Executor:
 
         A prompt longer than `chunk` rows is read and compressed chunk by chunk.
         """
+        own = state.read(input_ids, logits_index)
+        if own is not None:
+            return own
         rows, seen = input_ids.shape[1], state.positions
         ends = [before + count for before, count in zip(seen, tokens, strict=True)]
         step = rows if self.chunk is None else self.chunk
@@ -287,6 +297,9 @@ class Executor:
 
     def decode(self, state: State, input_ids: Tensor) -> Tensor:
         """Read one row [B, 1] that is nowhere padding: logits [B, 1, V]."""
+        own = state.read(input_ids, torch.zeros(1, dtype=torch.int64, device=input_ids.device))
+        if own is not None:
+            return own
         state.admit(1, [1] * state.batch)
         logits = self._replayed(state, input_ids) if self.replays else self._step(state, input_ids)
         state.next_position += 1

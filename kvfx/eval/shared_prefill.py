@@ -8,19 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from kvfx.graph import Graph, operand
+from kvfx.graph import Graph
+from kvfx.prefill_parts import MODEL_INPUTS, dense_part, store_part
 from kvfx.runtime import Executor
 
 if TYPE_CHECKING:
     from kvfx.model import CompressedModel
-
-# the op that a policy's prefill program has at each site, and its operands q, k, v
-ATTEND_PROMPT = "kvfx::attend_prompt"
-OPERANDS = 3
-# input_ids, position_ids, logits_index
-MODEL_INPUTS = 3
 
 
 class DensePass:
@@ -57,54 +52,6 @@ def share_prefill(models: Sequence[CompressedModel]) -> DensePass | None:
         stored = _prefill_from(dense, store_part(fast.graph("prefill")))
         fast.executor = Executor({**fast.executor.programs, "prefill": stored})
     return dense
-
-
-def dense_part(program: Graph) -> fx.GraphModule:
-    """Of a prefill program what no policy changes: its logits, then q, k, v of every site."""
-    module = program.copy().module
-    graph = module.graph
-    output = graph.output_node()
-    # the only result of a program
-    (logits,) = output.all_input_nodes
-    graph.erase_node(output)
-    graph.output((logits, *_operands(graph)))
-    # what is stored nobody reads any more
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    for node in graph.find_nodes(op="placeholder")[MODEL_INPUTS:]:
-        graph.erase_node(node)
-    module.recompile()
-    return module
-
-
-def store_part(program: Graph) -> fx.GraphModule:
-    """Of a prefill program what the policy does: q, k, v of every site are inputs, before all
-    others.
-    """
-    module = program.copy().module
-    graph = module.graph
-    first = next(iter(graph.nodes))
-    for index, node in enumerate(_operands(graph)):
-        with graph.inserting_before(first):
-            given = graph.placeholder(f"shared_{index}")
-        given.meta = dict(node.meta)
-        node.replace_all_uses_with(given)
-    graph.erase_node(graph.output_node())
-    graph.output(())
-    graph.eliminate_dead_code()
-    module.recompile()
-    return module
-
-
-def _operands(graph: fx.Graph) -> list[fx.Node]:
-    """q, k, v of every site, in order, each once."""
-    attentions = [node for node in graph.nodes if _is_attend_prompt(node)]
-    found = [operand(node, index) for node in attentions for index in range(OPERANDS)]
-    return list(dict.fromkeys(found))
-
-
-def _is_attend_prompt(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target.name().startswith(ATTEND_PROMPT)
 
 
 def _prefill_from(

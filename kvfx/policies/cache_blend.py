@@ -11,8 +11,8 @@ from kvfx.policy import Reuse, check_at_least, check_choice, check_fraction
 @dataclass(frozen=True)
 class CacheBlend(Reuse):
     """Take every stored piece, compute all rows up to the layer `layer`, and the part `ratio` of
-    the reused ones to the end: those whose values (`kind="keys"`: keys) deviate most there, by the sum
-    of squares over heads.
+    the reused ones to the end: those whose values (`kind="keys"`: keys) deviate most there, by the
+    sum of squares over heads.
 
     Source: Yao et al., "CacheBlend: Fast Large Language Model Serving for RAG with Cached Knowledge
     Fusion" (EuroSys 2025), and its prototype (one check layer, values).

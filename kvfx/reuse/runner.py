@@ -94,9 +94,17 @@ class Runner:
         in `rows` or not distinct.
         """
         ids, where = self._inputs(rows, tokens, positions)
-        index = where[0].argmax()[None]
-        logits, *watched = self._run(None, watch, rows, ids, where, index)
-        return Step(logits[0, 0], watched[0][0] if watched else None)
+        logits, attention = self.read(rows, ids, where, where[0].argmax()[None], watch=watch)
+        return Step(logits[0, 0], attention)
+
+    def read(
+        self, rows: LiveRows, ids: Tensor, positions: Tensor, index: Tensor, *, watch: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same of checked inputs: ids and positions [1, S], logits [1, L, V] of the rows index
+        [L].
+        """
+        logits, *watched = self._run(None, watch, rows, ids, positions, index)
+        return logits, watched[0][0] if watched else None
 
     def precheck(
         self, rows: LiveRows, tokens: Numbers, positions: Numbers, must: Sequence[bool] | Tensor,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvfx.errors import InputError, StoreError
 from kvfx.reuse.files import SegmentFiles
-from kvfx.reuse.fingerprint import Fingerprint
+from kvfx.reuse.fingerprint import Fingerprint, fingerprint
 from kvfx.reuse.owner import Owner
 from kvfx.reuse.segment import (
     DECODED,
@@ -22,6 +23,11 @@ from kvfx.reuse.segment import (
 )
 from kvfx.reuse.stats import Stats
 from kvfx.sizes import parse_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from kvfx.model import CompressedModel
 
 # one provenance of every class, the nearest to exact arithmetic first
 CLASSES = (EXACT_PREFIX, DECODED, REPAIRED)
@@ -57,6 +63,22 @@ class SegmentStore:
         self._files = (
             None if folder is None else SegmentFiles(Path(folder), budget, self._owner, self.stats)
         )
+
+    @classmethod
+    def of(
+        cls,
+        fast: CompressedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        memory: int | str = "1GiB",
+        folder: str | Path | None = None,
+        disk: int | str = "16GiB",
+        salt: str = "",
+    ) -> SegmentStore:
+        """A store for the model that `fast` came from; hashes all its weights."""
+        sites = tuple(plan.site for plan in fast.plan.sites)
+        found = fingerprint(fast.source, tokenizer, sites)
+        return cls(found, memory=memory, folder=folder, disk=disk, salt=salt)
 
     @property
     def nbytes(self) -> int:

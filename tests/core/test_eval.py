@@ -21,13 +21,14 @@ from kvfx.eval.equal_bytes import at_equal_bytes
 from kvfx.eval.fidelity import dense_log_probs, score_window
 from kvfx.eval.results import Results, open_results
 from kvfx.eval.run import evaluate
-from kvfx.eval.shared_prefill import share_prefill, store_part
+from kvfx.eval.shared_prefill import share_prefill
 from kvfx.eval.stats import bootstrap_mean, mcnemar, wilson
 from kvfx.eval.suite import FAMILIES, Suite, task_names, with_budgets
 from kvfx.eval.table import headline, sections
 from kvfx.eval.tasks import TASKS
 from kvfx.eval.text import Corpus, corpus, prefix_ids, token_ids, windows
 from kvfx.policy import Policy
+from kvfx.prefill_parts import store_part
 from kvfx.sizes import size_text
 from kvfx.testing.tiny import VOCAB, left_padded, tiny_llama
 
