@@ -1,116 +1,37 @@
-"""The runner: lemmas E1 to E7 and the properties KS-1 to KS-4, KC-1, KC-2, KC-11 of specs/reuse.md,
-with transformers' own forward pass and its own cache as oracles.
-"""
+"""The runner: its programs are the model, see nothing behind a row, refuse what does not fit."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from functools import cache
-from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvfx.capture import capture
-from kvfx.compiler import raised_graph
 from kvfx.errors import InputError
 from kvfx.kernels.reuse import reference
-from kvfx.pass_manager import Trail
-from kvfx.passes.insert_reuse import KINDS, Check
-from kvfx.reuse.runner import LiveRows, Runner
+from kvfx.passes.insert_reuse import Check
+from kvfx.reuse.runner import Runner
+from kvfx.testing.live_rows import (
+    FLOOR,
+    MODELS,
+    assembled,
+    built,
+    close,
+    copied,
+    dense,
+    runner_of,
+    same_rows,
+    segment,
+    some_tokens,
+)
 from kvfx.testing.tiny import tiny
 
 TOKENS = 31
-# the rotary embedding of transformers runs in fp32, whatever the model's dtype
-FLOOR = 2e-5
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 128,
-}
-THREE: dict[str, object] = {"num_hidden_layers": 3}
-MODELS: dict[str, tuple[str, dict[str, object]]] = {
-    "half": ("llama", THREE),
-    "interleaved": ("cohere", {}),
-    "partial": ("gpt_neox", {}),
-    "interleaved partial": ("glm", {}),
-    "two tables": (
-        "gemma3_text",
-        {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
-    "nope": ("smollm3", {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}),
-    "yarn": ("llama", {"rope_parameters": YARN}),
-    "window": ("mistral", {**THREE, "sliding_window": 5}),
-    "learned positions": ("gpt2", {}),
-}
-ROTATED = [name for name in MODELS if name != "learned positions"]
-# models whose graphs differ where rows are dropped: building the program takes most of the time
-CHECKED = ["half", "partial", "two tables", "nope", "window"]
-CHECKS = [
-    *((name, Check(0, "attention")) for name in CHECKED),
-    *(("half", Check(1, kind)) for kind in KINDS),
-]
-
-
-@cache
-def built(name: str):
-    """A tiny fp64 model and the runner of its graph."""
-    architecture, changes = MODELS[name]
-    model = tiny(architecture, changes).double()
-    return model, Runner(raised_graph(model, capture(model), Trail(), strict=True))
-
-
-def some_tokens(count: int = TOKENS, seed: int = 1) -> Tensor:
-    return torch.randint(3, 99, (count,), generator=torch.Generator().manual_seed(seed))
-
-
-def close(found: Tensor, expected: Tensor, within: float) -> bool:
-    """Whether the largest difference is `within`, relative to the largest value."""
-    return bool((found - expected).abs().max() <= within * expected.abs().max())
-
-
-def same_rows(found: LiveRows, expected: LiveRows, within: float) -> bool:
-    pairs = zip(
-        (*found.keys, *found.values), (*expected.keys, *expected.values), strict=True
-    )  # fmt: skip
-    return all(close(x, y, within) for x, y in pairs)
-
-
-def copied(rows: LiveRows) -> LiveRows:
-    return LiveRows(tuple(k.clone() for k in rows.keys), tuple(v.clone() for v in rows.values))
-
-
-def dense(runner: Runner, tokens: Tensor) -> tuple[Tensor, LiveRows]:
-    rows = runner.rows(len(tokens))
-    return runner.dense(rows, tokens).logits, rows
-
-
-def segment(runner: Runner, tokens: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Canonical keys and values of tokens that were computed alone."""
-    return runner.canonical(dense(runner, tokens)[1], 0, len(tokens))
-
-
-def assembled(runner: Runner, tokens: Tensor, cuts: Sequence[int]) -> LiveRows:
-    """Live rows of segments that were computed alone, `tokens` cut at `cuts`."""
-    rows = runner.rows(len(tokens))
-    ends = [0, *cuts, len(tokens)]
-    for start, stop in pairwise(ends):
-        runner.write(rows, start, *segment(runner, tokens[start:stop]))
-    return rows
-
-
-def masks(must: Sequence[int], count: int = TOKENS) -> tuple[list[bool], list[bool]]:
-    """`must` for these rows and the last one, `may` for the others."""
-    forced = [row in must or row == count - 1 for row in range(count)]
-    return forced, [not wanted for wanted in forced]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_all_rows_are_the_model(name):
     model, runner = built(name)
-    tokens = some_tokens()
+    tokens = some_tokens(TOKENS)
     logits, _ = dense(runner, tokens)
     assert close(logits, model(tokens[None]).logits[0, -1], 1e-12)
 
@@ -118,294 +39,17 @@ def test_all_rows_are_the_model(name):
 def test_fp32_and_bf16_models_run():
     for dtype, within in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
         model = tiny("llama", {"num_hidden_layers": 1}).to(dtype)
-        runner = Runner(raised_graph(model, capture(model), Trail(), strict=True))
-        tokens = some_tokens()
+        runner = runner_of(model)
+        tokens = some_tokens(TOKENS)
         logits, rows = dense(runner, tokens)
         assert rows.keys[0].dtype == dtype
         assert close(logits.float(), model(tokens[None]).logits[0, -1].float(), within)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_stale_rows_are_overwritten_before_they_are_seen(name):
-    """E7, with rows in any order."""
-    _, runner = built(name)
-    tokens = some_tokens()
-    expected, clean = dense(runner, tokens)
-    rows = runner.rows(TOKENS)
-    for x in (*rows.keys, *rows.values):
-        x.normal_()
-    order = torch.randperm(TOKENS)
-    found = runner.partial(rows, tokens[order], order, watch=None)
-    assert close(found.logits, expected, 1e-12)
-    assert same_rows(rows, clean, 1e-12)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_chunks_are_dense(name):
-    """E5."""
-    _, runner = built(name)
-    tokens = some_tokens()
-    expected, clean = dense(runner, tokens)
-    rows = runner.rows(TOKENS + 9)
-    for start, stop in ((0, 1), (1, 17), (17, 30)):
-        runner.partial(rows, tokens[start:stop], range(start, stop), watch=None)
-    found = runner.partial(rows, tokens[30:], [30], watch=None)
-    assert close(found.logits, expected, 1e-12)
-    for x, y in zip(rows.values, clean.values, strict=True):
-        assert close(x[:, :, :TOKENS], y, 1e-12)
-
-
-@pytest.mark.parametrize(("name", "check"), CHECKS, ids=str)
-def test_keeping_all_rows_is_dense(name, check):
-    """KS-1."""
-    _, runner = built(name)
-    tokens = some_tokens()
-    expected, clean = dense(runner, tokens)
-    rows = assembled(runner, tokens, (9, 20))
-    found = runner.precheck(
-        rows, tokens, range(TOKENS), *masks(()), keep=TOKENS, check=check, watch=None
-    )
-    assert torch.equal(found.logits, expected)
-    assert found.positions == tuple(range(TOKENS))
-    assert same_rows(rows, clean, 1e-12)
-
-
-@pytest.mark.parametrize(("name", "check"), CHECKS, ids=str)
-def test_precheck_is_partial_of_the_chosen_rows(name, check):
-    """Rows up to the checked site are fresh; behind it the chosen ones alone are."""
-    _, runner = built(name)
-    tokens, site = some_tokens(), check.site
-    clean = dense(runner, tokens)[1]
-    old = assembled(runner, tokens, (9, 20))
-    for values in old.values:
-        values += 0.1 * torch.randn_like(values)
-    rows = copied(old)
-    watch = 1 if name == "half" else None
-    found = runner.precheck(
-        rows, tokens, range(TOKENS), *masks((3, 4)), keep=11, check=check, watch=watch
-    )
-    assert len(found.positions) == 11
-    assert {3, 4, TOKENS - 1} < set(found.positions)
-    chosen = list(found.positions)
-    fresh = [*clean.keys[: site + 1], *old.keys[site + 1 :]]
-    values = [*clean.values[: site + 1], *old.values[site + 1 :]]
-    again = copied(LiveRows(tuple(fresh), tuple(values)))
-    step = runner.partial(again, tokens[chosen], chosen, watch=watch)
-    assert close(found.logits, step.logits, 1e-12)
-    assert same_rows(rows, again, 1e-12)
-    assert (found.attention is None) == (watch is None)
-    if watch is not None:
-        assert close(found.attention, step.attention, 1e-6)
-    difference = (clean.values[site] - old.values[site])[0].abs().sum(-1)
-    assert close(found.deviation.double(), difference, 1e-6)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_best_rows_are_chosen(kind):
-    """KS-4: by the definition of each score, in fp64."""
-    model, runner = built("half")
-    tokens, site = some_tokens(), 1
-    clean, old = dense(runner, tokens)[1], assembled(runner, tokens, (9, 20))
-    v, k = ((x[site] - y[site])[0] for x, y in ((clean.values, old.values), (clean.keys, old.keys)))
-    model.set_attn_implementation("eager")
-    received = model(tokens[None], output_attentions=True).attentions[site][0].sum(1)
-    model.set_attn_implementation("sdpa")
-    alpha = received.unflatten(0, (v.shape[0], -1)).sum(1)
-    scores = {
-        "values": v.square().sum((0, 2)),
-        "keys": k.square().sum((0, 2)),
-        "attention": (alpha * v.abs().sum(-1)).sum(0),
-    }
-    score = scores[kind]
-    best = score[:-1].argsort(descending=True)[:7].tolist()
-    found = runner.precheck(
-        old, tokens, range(TOKENS), *masks(()), keep=8, check=Check(site, kind), watch=None
-    )
-    assert found.positions == (*sorted(best), TOKENS - 1)
-
-
-@pytest.mark.parametrize("name", CHECKED)
-def test_a_true_prefix_does_not_deviate(name):
-    """E1 and KS-2: at no site, and it is chosen last."""
-    _, runner = built(name)
-    tokens = some_tokens()
-    for site in range(1, len(runner.sites)):
-        clean, old = dense(runner, tokens)[1], assembled(runner, tokens, (17,))
-        assert close(old.values[site][:, :, :17], clean.values[site][:, :, :17], 1e-12)
-        assert close(old.keys[site][:, :, :17], clean.keys[site][:, :, :17], FLOOR)
-    found = runner.precheck(
-        old, tokens, range(TOKENS), *masks(()), keep=14, check=Check(1, "attention"), watch=None
-    )
-    assert bool((found.deviation[:, :17] <= 1e-10).all())
-    assert bool((found.deviation[:, 17] > 1e-3).all())
-    if name != "window":
-        assert found.positions == tuple(range(17, TOKENS))
-
-
-@pytest.mark.parametrize("name", [name for name in CHECKED if name != "window"])
-def test_choosing_all_that_deviate_is_dense(name):
-    """E3 and KS-3; one row less is not."""
-    _, runner = built(name)
-    tokens = some_tokens()
-    expected, clean = dense(runner, tokens)
-
-    def error(keep: int) -> Tensor:
-        rows = assembled(runner, tokens, (17,))
-        check = Check(1, "attention")
-        found = runner.precheck(
-            rows, tokens, range(TOKENS), *masks(()), keep=keep, check=check, watch=None
-        )
-        differences = [(x - y).abs().max() for x, y in zip(rows.values, clean.values, strict=True)]
-        return torch.stack([(found.logits - expected).abs().max(), *differences]).max()
-
-    assert error(TOKENS - 17) <= FLOOR * expected.abs().max()
-    if len(runner.sites) > 2:
-        assert error(TOKENS - 18) > 1e-3
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_repairs_in_ascending_order_are_dense(name):
-    """E4 and KS-5; in descending order they are not."""
-    _, runner = built(name)
-    tokens = some_tokens()
-    expected, clean = dense(runner, tokens)
-
-    def repaired(order: Sequence[int]) -> LiveRows:
-        rows = runner.rows(TOKENS)
-        runner.partial(rows, tokens[:17], range(17), watch=None)
-        runner.write(rows, 17, *segment(runner, tokens[17:]))
-        for position in order:
-            runner.partial(rows, tokens[position : position + 1], [position], watch=None)
-        return rows
-
-    rows = repaired(range(17, TOKENS))
-    assert same_rows(rows, clean, 1e-12)
-    last = runner.partial(rows, tokens[-1:], [TOKENS - 1], watch=None)
-    assert close(last.logits, expected, 1e-12)
-    # the second of two sites reads rows of the first one alone, which know no context
-    if len(runner.sites) > 2:
-        assert not same_rows(repaired(range(TOKENS - 1, 16, -1)), clean, 1e-2)
-
-
-def test_a_window_forgets_its_context():
-    """E2: in a stack of windows W, what a segment computes alone is exact from index l (W - 1)."""
-    _, runner = built("window")
-    window = 5
-    tokens = some_tokens(60)
-    keys, values = runner.canonical(dense(runner, tokens)[1], 23, 60)
-    alone = segment(runner, tokens[23:])
-    for site in range(len(runner.sites)):
-        first = site * (window - 1)
-        for found, expected in ((keys[site], alone[0][site]), (values[site], alone[1][site])):
-            assert close(found[:, first:], expected[:, first:], FLOOR)
-            if site:
-                assert not close(found[:, first - 1], expected[:, first - 1], 1e-3)
-
-
-def test_sites_without_rotation_are_not_shifted():
-    """E6: keys are written as they are, wherever they go."""
-    _, runner = built("nope")
-    tokens = some_tokens(9)
-    keys, values = segment(runner, tokens)
-    rows = runner.rows(40)
-    runner.write(rows, 22, keys, values)
-    plain = [site.rope is None for site in runner.sites]
-    assert plain == [False, True]
-    for index, free in enumerate(plain):
-        assert torch.equal(rows.keys[index][0, :, 22:31], keys[index]) == free
-        assert torch.equal(rows.values[index][0, :, 22:31], values[index])
-
-
-def test_without_rotation_a_segment_does_not_know_where_it_is():
-    """E6: what a model of NoPE layers alone computes for an isolated segment is position free."""
-    model = tiny("smollm3", {"num_hidden_layers": 2, "no_rope_layers": [0, 0]}).double()
-    runner = Runner(raised_graph(model, capture(model), Trail(), strict=True))
-    assert all(site.rope is None for site in runner.sites)
-    tokens = some_tokens(9)
-    keys, values = segment(runner, tokens)
-    cache = model(tokens[None], position_ids=torch.arange(9)[None] + 137).past_key_values
-    for index in range(2):
-        assert close(cache.layers[index].keys[0], keys[index], 1e-12)
-        assert close(cache.layers[index].values[0], values[index], 1e-12)
-
-
-def test_rows_of_the_same_context_are_dense():
-    """KC-1: what was computed behind this very prefix is not changed by going through canonical."""
-    for name in ROTATED:
-        _, runner = built(name)
-        tokens = some_tokens()
-        expected, clean = dense(runner, tokens)
-        rows = runner.rows(TOKENS)
-        runner.partial(rows, tokens[:9], range(9), watch=None)
-        runner.write(rows, 9, *runner.canonical(clean, 9, TOKENS - 1))
-        last = runner.partial(rows, tokens[-1:], [TOKENS - 1], watch=None)
-        assert close(last.logits, expected, FLOOR)
-        assert same_rows(rows, clean, FLOOR)
-
-
-@pytest.mark.parametrize("name", ROTATED)
-def test_the_first_site_knows_no_context(name):
-    """KC-2: its canonical keys and values depend on the token alone; those behind do not."""
-    _, runner = built(name)
-    tokens = some_tokens()
-    keys, values = runner.canonical(dense(runner, tokens)[1], 9, TOKENS)
-    alone = segment(runner, tokens[9:])
-    assert close(values[0], alone[1][0], 1e-14)
-    assert close(keys[0], alone[0][0], FLOOR)
-    assert not close(values[1], alone[1][1], 1e-2)
-
-
-@pytest.mark.parametrize("name", ROTATED)
-@pytest.mark.parametrize("position", [0, 1, 137])
-def test_a_shifted_segment_is_a_prefill_at_the_shifted_position(name, position):
-    """The shift identity, with the cache of transformers as oracle; a segment is shorter than the
-    smallest window, which would cut its cache.
-    """
-    model, runner = built(name)
-    tokens = some_tokens(4)
-    rows = runner.rows(200)
-    runner.write(rows, position, *segment(runner, tokens))
-    cache = model(tokens[None], position_ids=torch.arange(4)[None] + position).past_key_values
-    for index, layer in enumerate(cache.layers):
-        here = slice(position, position + 4)
-        assert close(rows.keys[index][:, :, here], layer.keys, FLOOR)
-        assert close(rows.values[index][:, :, here], layer.values, FLOOR)
-
-
-def test_the_factor_of_yarn_is_in_the_keys_once():
-    model, runner = built("yarn")
-    factor = model.model.rotary_emb.attention_scaling
-    assert factor > 1.01
-    tokens = some_tokens(4)
-    keys, _ = segment(runner, tokens)
-    normed = model.model.layers[0].input_layernorm(model.model.embed_tokens(tokens))
-    plain = model.model.layers[0].self_attn.k_proj(normed).view(4, 2, 16).transpose(0, 1)
-    assert close(keys[0], plain * factor, FLOOR)
-
-
-@pytest.mark.parametrize("name", ROTATED)
-def test_shifts_add_up_and_values_stay(name):
-    """KC-11."""
-    _, runner = built(name)
-    once, twice = runner.rows(99), runner.rows(99)
-    keys, values = segment(runner, some_tokens(7))
-    runner.write(once, 60, keys, values)
-    runner.write(twice, 30, keys, values)
-    moved = tuple(k[0, :, 30:37].clone() for k in twice.keys)
-    runner.write(twice, 30, moved, tuple(v[0, :, 30:37] for v in twice.values))
-    for index, (k, v) in enumerate(zip(*runner.canonical(once, 60, 67), strict=True)):
-        assert close(k, keys[index], 1e-6)
-        assert torch.equal(v, values[index])
-        assert torch.equal(twice.values[index][:, :, 30:37], once.values[index][:, :, 60:67])
-    # there and back again: R(-p) R(p) R(p) k
-    for found, expected in zip(runner.canonical(twice, 30, 37)[0], moved, strict=True):
-        assert close(found, expected, 1e-6)
-
-
-@pytest.mark.parametrize("name", MODELS)
 def test_padding_rows_change_nothing(name):
     _, runner = built(name)
-    tokens = some_tokens()
+    tokens = some_tokens(TOKENS)
     rows, padded = assembled(runner, tokens, (9, 20)), assembled(runner, tokens, (9, 20))
     expected = runner.partial(rows, tokens[[9, 12, 30]], [9, 12, 30], watch=None)
     found = runner.partial(
@@ -418,7 +62,7 @@ def test_padding_rows_change_nothing(name):
 
 def leaks(runner: Runner) -> bool:
     """Whether a row notices that rows behind it change."""
-    tokens = some_tokens()
+    tokens = some_tokens(TOKENS)
     rows = assembled(runner, tokens, (9, 20))
     chosen = [5, 12]
     before = runner.partial(copied(rows), tokens[chosen], chosen, watch=None).logits
@@ -446,7 +90,7 @@ def test_no_row_sees_what_is_behind_it(name, monkeypatch):
 @pytest.mark.parametrize("name", ["half", "two tables"])
 def test_watched_attention_is_that_of_the_newest_row(name):
     model, runner = built(name)
-    tokens = some_tokens()
+    tokens = some_tokens(TOKENS)
     model.set_attn_implementation("eager")
     attentions = model(tokens[None], output_attentions=True).attentions
     model.set_attn_implementation("sdpa")
@@ -457,9 +101,20 @@ def test_watched_attention_is_that_of_the_newest_row(name):
         assert close(step.attention.double(), expected.sum(1), 1e-6)
 
 
+def test_the_factor_of_yarn_is_in_the_keys_once():
+    model, runner = built("yarn")
+    factor = model.model.rotary_emb.attention_scaling
+    assert factor > 1.01
+    tokens = some_tokens(4)
+    keys, _ = segment(runner, tokens)
+    normed = model.model.layers[0].input_layernorm(model.model.embed_tokens(tokens))
+    plain = model.model.layers[0].self_attn.k_proj(normed).view(4, 2, 16).transpose(0, 1)
+    assert close(keys[0], plain * factor, FLOOR)
+
+
 def test_programs_are_built_once():
     runner = Runner(built("half")[1]._raised)
-    rows, tokens = runner.rows(TOKENS), some_tokens()
+    rows, tokens = runner.rows(TOKENS), some_tokens(TOKENS)
     assert runner._programs == {}
     runner.dense(rows, tokens)
     program = runner._programs[None, None]
@@ -469,7 +124,7 @@ def test_programs_are_built_once():
 
 def test_fewer_rows_than_asked_for():
     _, runner = built("half")
-    tokens = some_tokens()
+    tokens = some_tokens(TOKENS)
     must = [row >= 25 for row in range(TOKENS)]
     may = [row < 3 for row in range(TOKENS)]
     rows = assembled(runner, tokens, (9, 20))
@@ -492,11 +147,12 @@ def test_errors_say_what_does_not_fit():
         with pytest.raises(InputError, match=message):
             runner.partial(rows, tokens, positions, watch=None)
     check = Check(1, "values")
+    last = ([False, False, False, True], [True, True, True, False])
     for positions, must, keep, message in (
-        ([0, 2, 1, 3], masks((), 4), 4, "positions must ascend"),
+        ([0, 2, 1, 3], last, 4, "positions must ascend"),
         ([0, 1, 2, 3], ([True] * 3 + [False], [True] * 4), 4, "is in must"),
-        ([0, 1, 2, 3], masks((), 3), 4, r"one bool per row \(4 of them\)"),
-        ([0, 1, 2, 3], masks((0, 1), 4), 2, "keep=2 is less than the 3 in must"),
+        ([0, 1, 2, 3], ([False] * 2 + [True], [True] * 3), 4, r"one bool per row \(4 of them\)"),
+        ([0, 1, 2, 3], ([True] * 4, [False] * 4), 2, "keep=2 is less than the 4 in must"),
     ):
         with pytest.raises(InputError, match=message):
             runner.precheck(rows, tokens, positions, *must, keep=keep, check=check, watch=None)
