@@ -99,6 +99,30 @@ PolicyOption = Annotated[
         "'StreamingLLM(budget=0.25) | KIVI(bits=4)'.",
     ),
 ]
+# the policy where none is named, and no memory to choose one by
+POLICY = "k8v4"
+AnyPolicyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        "-p",
+        help="A preset (see: kvfx policies), or an expression: "
+        "'StreamingLLM(budget=0.25) | KIVI(bits=4)'.",
+        show_default="k8v4; with --memory, what kvfx recommend says",
+    ),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Bytes that the cache may take at --context tokens: 64MiB.", show_default=False
+    ),
+]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Tokens that --memory, or a budget in bytes, is for.", show_default=False
+    ),
+]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
 CompileOption = Annotated[bool, typer.Option("--compile/--no-compile", help="Use torch.compile.")]
@@ -124,7 +148,9 @@ def main() -> None:
 def run(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="What to say to the model.", show_default=False)],
-    policy: PolicyOption = "k8v4",
+    policy: AnyPolicyOption = None,
+    memory: MemoryOption = None,
+    context: ContextOption = None,
     max_new_tokens: TokensOption = 128,
     temperature: TemperatureOption = 0.0,
     compile: CompileOption = True,
@@ -146,6 +172,8 @@ def run(
         compile=compile,
         verify=verify,
         max_length=max_length,
+        memory=memory,
+        context=context,
         calibration=_calibration(calibration),
     )
     ids = tokenizer(prompt, add_special_tokens=not templated, return_tensors="pt")["input_ids"]
@@ -163,7 +191,9 @@ def run(
 @app.command()
 def chat(
     model: ModelArgument,
-    policy: PolicyOption = "k8v4",
+    policy: AnyPolicyOption = None,
+    memory: MemoryOption = None,
+    context: ContextOption = None,
     max_new_tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.0,
     compile: CompileOption = True,
@@ -183,6 +213,8 @@ def chat(
         compile=compile,
         verify=verify,
         max_length=max_length,
+        memory=memory,
+        context=context,
         calibration=_calibration(calibration),
     )
     console, cache = _screen(), fast.new_cache()
@@ -199,7 +231,9 @@ def chat(
 @app.command()
 def explain(
     model: ModelArgument,
-    policy: PolicyOption = "k8v4",
+    policy: AnyPolicyOption = None,
+    memory: MemoryOption = None,
+    context: ContextOption = None,
     calibration: CalibrationOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -208,7 +242,13 @@ def explain(
 
     source, _ = _load(model)
     with _status("capturing and rewriting"):
-        report = kvfx.explain(source, policy, calibration=_calibration(calibration))
+        report = kvfx.explain(
+            source,
+            _policy(policy, memory),
+            memory=memory,
+            context=context,
+            calibration=_calibration(calibration),
+        )
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -612,6 +652,76 @@ def kernels(
         raise typer.Exit(1)
 
 
+@bench.command()
+def reuse(
+    model: Annotated[str, typer.Option(help="A model folder, a .gguf file, or smollm2.")] = MODEL,
+    workloads: Annotated[
+        str, typer.Option(help="rag, agents, turns, separated by commas.")
+    ] = "rag,agents,turns",
+    chunks: Annotated[int, typer.Option(help="rag: documents of a prompt.")] = 6,
+    tokens: Annotated[int, typer.Option(help="rag: tokens of a document.")] = 512,
+    prompts: Annotated[int, typer.Option(help="rag, turns: prompts that are measured.")] = 4,
+    turn: Annotated[int, typer.Option(help="turns: tokens of a turn, 4 are kept.")] = 256,
+    agents: Annotated[int, typer.Option(help="agents: how many, each reads those before.")] = 5,
+    role: Annotated[int, typer.Option(help="agents: tokens of a role.")] = 128,
+    question: Annotated[int, typer.Option(help="agents: tokens of a question.")] = 256,
+    answer: Annotated[int, typer.Option(help="agents: tokens of an answer.")] = 64,
+    rounds: Annotated[int, typer.Option(help="agents: questions that are asked.")] = 10,
+    questions: Annotated[int, typer.Option(help="agents: different questions.")] = 3,
+    scored: Annotated[int, typer.Option(help="Tokens of a reply that are compared.")] = 16,
+    text: Annotated[str, typer.Option(help="python, shakespeare, or a text file.")] = "python",
+    seed: Annotated[int, typer.Option(help="Chooses text, orders and questions.")] = 0,
+    compile: CompileOption = True,
+    as_json: JsonOption = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+) -> None:
+    """Time prompts that have pieces in common, and compare what follows with the dense model."""
+    from kvfx.bench.reuse import bench_reuse
+    from kvfx.bench.reuse_workloads import Sizes
+    from kvfx.eval.text import corpus
+
+    sizes = Sizes(
+        chunks=chunks,
+        tokens=tokens,
+        prompts=prompts,
+        turn=turn,
+        agents=agents,
+        role=role,
+        question=question,
+        answer=answer,
+        rounds=rounds,
+        questions=questions,
+        scored=scored,
+    )
+    passages = corpus(text)
+    source, tokenizer = _load(model)
+    with _status("preparing") as status:
+        result = bench_reuse(
+            model,
+            source,
+            tokenizer,
+            workloads=_split(workloads),
+            sizes=sizes,
+            text=passages,
+            seed=seed,
+            compile=compile,
+            tell=status.update,
+        )
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    if markdown:
+        typer.echo(result.markdown())
+        return
+    console = _screen()
+    if not console.is_terminal:
+        # a file takes lines of any length
+        console = Console(width=WIDE, highlight=False)
+    console.print(result.headline(), markup=False, soft_wrap=True)
+    for part in result.sections():
+        console.print(part.render())
+
+
 def _load(model: str) -> tuple[Any, Any]:
     """The model and its tokenizer, with gradients off."""
     from kvfx import models
@@ -628,11 +738,20 @@ def _calibration(path: Path | None) -> Calibration | None:
     return Calibration.load(path)
 
 
-def _compress(source: Any, policy: str, *, verify: bool, **options: Any) -> CompressedModel:
+def _compress(
+    source: Any, policy: str | None, *, verify: bool, memory: str | None, **options: Any
+) -> CompressedModel:
     import kvfx
 
     with _status(f"capturing, rewriting{' and verifying' if verify else ''}"):
-        return kvfx.compress(source, policy, verify=verify, **options)
+        return kvfx.compress(
+            source, _policy(policy, memory), verify=verify, memory=memory, **options
+        )
+
+
+def _policy(policy: str | None, memory: str | None) -> str | None:
+    """The policy that was named; without one, a memory chooses."""
+    return POLICY if policy is None and memory is None else policy
 
 
 def _stream(

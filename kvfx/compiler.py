@@ -128,7 +128,7 @@ def compress(
 
 def explain(
     model: PreTrainedModel,
-    policy: Policy | str,
+    policy: Policy | str | None = None,
     *,
     memory: int | str | None = None,
     batch: int = 1,

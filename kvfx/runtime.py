@@ -45,11 +45,11 @@ class State:
         self.next_position = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self.replayed: ReplayedStep | None = None
 
-    def read(self, input_ids: Tensor, logits_index: Tensor) -> Tensor | None:
-        """Read rows [B, S] without the programs of the model: logits [B, L, V], or None where this
-        state has nothing of its own to do so.
+    def read(self, input_ids: Tensor, tokens: Sequence[int], logits_index: Tensor) -> Tensor | None:
+        """Read rows [B, S], `tokens` [B] of them real, without the programs of the model: logits
+        [B, L, V], or None where this state has nothing of its own to do so.
         """
-        del input_ids, logits_index
+        del input_ids, tokens, logits_index
         return None
 
     def tensors(self) -> list[Tensor]:
@@ -235,7 +235,7 @@ class Executor:
 
         A prompt longer than `chunk` rows is read and compressed chunk by chunk.
         """
-        own = state.read(input_ids, logits_index)
+        own = state.read(input_ids, tokens, logits_index)
         if own is not None:
             return own
         rows, seen = input_ids.shape[1], state.positions
@@ -297,7 +297,8 @@ class Executor:
 
     def decode(self, state: State, input_ids: Tensor) -> Tensor:
         """Read one row [B, 1] that is nowhere padding: logits [B, 1, V]."""
-        own = state.read(input_ids, torch.zeros(1, dtype=torch.int64, device=input_ids.device))
+        index = torch.zeros(1, dtype=torch.int64, device=input_ids.device)
+        own = state.read(input_ids, [1] * state.batch, index)
         if own is not None:
             return own
         state.admit(1, [1] * state.batch)

@@ -8,6 +8,7 @@ written nor seen, and comes out as zeros.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvfx.errors import UnsupportedShape
@@ -49,13 +50,20 @@ def attend_rows(
     position decides, never its place among the rows (KVShare; reuse across contexts has no
     bottom-right mask).
     """
-    out = []
-    for rows in torch.arange(q.shape[2], device=q.device).split(BLOCK):
+    count, repeat, out = q.shape[2], q.shape[1] // k_rows.shape[1], []
+    index = torch.arange(count, device=q.device)
+    if (window is None or count <= window) and bool((position_ids == index).all()):
+        # a prompt from its beginning, all inside the window: plain causal attention
+        keys, values = k_rows[:, :, :count], v_rows[:, :, :count]
+        whole = F.scaled_dot_product_attention(
+            q, keys, values, is_causal=True, scale=scale, enable_gqa=repeat > 1
+        )
+        return rows_outermost(whole)
+    for rows in index.split(BLOCK):
         asked = position_ids[:, rows]
         held = _reached(asked, k_rows.shape[2], window)
         seen = _seen(asked, held, window)[:, None]
         keys, values = k_rows[:, :, held], v_rows[:, :, held]
-        repeat = q.shape[1] // k_rows.shape[1]
         out.append(masked_attention(q[:, :, rows], keys, values, seen, scale, repeat))
     return rows_outermost(torch.cat(out, 2))
 

@@ -19,7 +19,7 @@ class KVShare(Reuse):
     KV Cache Reuse" (arXiv 2503.16525 v2), as secondary notes describe it: its text and code were
     not to be had. Fragments are found by hashes of `window` tokens. With `semantic=True`, one
     similar earlier request is aligned with this one instead, in the order of its tokens (in the
-    spirit of v1; similarity is that of runs of tokens, there is no embedder).
+    spirit of v1; similarity is that of pairs of tokens, there is no embedder; runs of 8 count).
 
     Not said by the source, and chosen here: the layer (1, where values first depend on the
     context), products per KV head, attention from fresh keys, the ratio is of the reused tokens,

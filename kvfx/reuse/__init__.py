@@ -6,11 +6,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvfx.reuse.agents import Agents, Slot
+    from kvfx.reuse.agents import Agents
     from kvfx.reuse.layout import Layout
     from kvfx.reuse.pool import Pool
     from kvfx.reuse.requests import Reply, Request, serve
     from kvfx.reuse.store import SegmentStore
+    from kvfx.reuse.template import Slot
 
 __all__ = [
     "Agents",
@@ -29,7 +30,7 @@ HOMES = {
     "Reply": "requests",
     "Request": "requests",
     "SegmentStore": "store",
-    "Slot": "agents",
+    "Slot": "template",
     "serve": "requests",
 }
 

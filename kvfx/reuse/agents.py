@@ -27,18 +27,12 @@ from kvfx.reuse.probe import probe
 from kvfx.reuse.runner import LiveRows, Runner
 from kvfx.reuse.segment import ISOLATED, Segment, context_hash
 from kvfx.reuse.store import SegmentStore
+from kvfx.reuse.template import Slot, Template, canonical_stack, computed_pieces, slots_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Text = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a template takes a text: `name` says which. Slots of one name share their anchors."""
-
-    name: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,25 +45,6 @@ class Call(Prefilled):
     def reused(self) -> bool:
         """Whether nothing of the prompt had to be computed."""
         return all(verdict.shareable for verdict in self.verdicts.values())
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """A fixed piece of a template: its tokens, and canonical keys and values [L, K, P, D] as they
-    are behind the fixed pieces before it.
-    """
-
-    tokens: tuple[int, ...]
-    keys: Tensor
-    values: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Template:
-    """An agent's prompt: a fixed piece, then each slot with the fixed piece behind it."""
-
-    pieces: tuple[Piece, ...]
-    slots: tuple[str, ...]
 
 
 class Agents:
@@ -112,7 +87,7 @@ class Agents:
         """Compute a text alone, unless it is stored: what slots are filled with. Prompts do this
         for texts that nobody published.
         """
-        tokens = self._tokens(text)
+        tokens = self._tokens(text, "publish")
         segment = self.store.get(tokens, provenance=ISOLATED)
         if segment is None:
             segment = alone(self.runner, tokens)
@@ -121,13 +96,14 @@ class Agents:
         return Base(context_hash(tokens), keys, values, ISOLATED)
 
     def prefill(self, agent: str, texts: Mapping[str, Text]) -> Call:
-        """The cache of an agent's prompt with `texts` in its slots, by name.
+        """The cache of an agent's prompt with `texts` in its slots, by name; texts for other slots
+        are not read.
 
         Raises InputError for an agent that there is not, and for slots without a text.
         """
         template = self._known(agent, texts)
         clock = Clock(self.fast.device)
-        filled = [self._tokens(texts[name]) for name in template.slots]
+        filled = [self._tokens(texts[name], name) for name in template.slots]
         with clock("retrieve"):
             bases = [self.publish(tokens) for tokens in filled]
             consumers = [f"{agent}:{index}" for index in range(len(bases))]
@@ -135,7 +111,7 @@ class Agents:
                 self.pools[name].gate(base, consumer)
                 for name, base, consumer in zip(template.slots, bases, consumers, strict=True)
             ]
-        layout = Layout(_interleaved([piece.tokens for piece in template.pieces], filled))
+        layout = template.layout(filled)
         tokens = layout.tokens
         rows = self.runner.rows(len(tokens))
         reused = all(verdict.shareable for verdict in verdicts)
@@ -203,7 +179,7 @@ class Agents:
         behind them.
         """
         real = [
-            self._real(rows, start, start + len(tokens))
+            canonical_stack(self.runner, rows, start, start + len(tokens))
             for start, tokens in zip(layout.starts, layout.pieces, strict=True)
         ]
         for index, base in enumerate(bases):
@@ -222,35 +198,16 @@ class Agents:
         found, dtype = Offsets.between(real, base), base[0].dtype
         return Offsets(found.keys.to(dtype), found.values.to(dtype))
 
-    def _real(self, rows: LiveRows, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Canonical rows of a prompt, as anchors have them."""
-        keys, values = self.runner.canonical(rows, start, stop)
-        return torch.stack(keys).cpu(), torch.stack(values).cpu()
-
     def _template(self, name: str, parts: Sequence[Text | Slot]) -> Template:
-        """Compute the fixed pieces of a template, each behind those before it."""
-        slots = tuple(part.name for part in parts if isinstance(part, Slot))
-        shape = [isinstance(part, Slot) for part in parts]
-        if not slots or shape != [False, *([True, False] * len(slots))]:
-            raise InputError(
-                f"template {name!r}: a fixed piece, then slots with a fixed piece behind each; it "
-                f"has {', '.join('slot' if is_slot else 'piece' for is_slot in shape) or 'nothing'}"
-            )
-        if len(set(slots)) < len(slots):
-            raise InputError(f"template {name!r} has two slots of one name: {', '.join(slots)}")
+        """A template whose fixed pieces are computed, and pools of anchors for its slots."""
+        slots = slots_of(name, parts)
         for slot in slots:
             self.pools.setdefault(slot, _pool(self.policy))
-        fixed = [self._tokens(part, first=not at) for at, part in enumerate(parts[::2])]
-        tokens = [token for piece in fixed for token in piece]
-        rows = self.runner.rows(len(tokens))
-        self.runner.dense(rows, tokens)
-        starts = Layout(tuple(fixed)).starts
-        dtype = self.runner.sites[0].dtype
-        pieces = []
-        for start, piece in zip(starts, fixed, strict=True):
-            keys, values = self._real(rows, start, start + len(piece))
-            pieces.append(Piece(piece, keys.to(dtype), values.to(dtype)))
-        return Template(tuple(pieces), slots)
+        fixed = [
+            self._tokens(part, name, first=not place)
+            for place, part in enumerate(part for part in parts if not isinstance(part, Slot))
+        ]
+        return Template(computed_pieces(self.runner, fixed), slots)
 
     def _known(self, agent: str, texts: Mapping[str, Text]) -> Template:
         """The template of an agent, whose slots all have a text."""
@@ -259,17 +216,24 @@ class Agents:
         template = self.templates[agent]
         missing = [name for name in template.slots if name not in texts]
         if missing:
-            raise InputError(f"agent {agent!r}: slots without a text: {', '.join(missing)}")
+            raise InputError(
+                f"agent {agent!r}: slots without a text: {', '.join(missing)}; there are texts for "
+                f"{', '.join(texts) or 'none'}"
+            )
         return template
 
-    def _tokens(self, text: object, *, first: bool = False) -> tuple[int, ...]:
+    def _tokens(self, text: Text, what: str, *, first: bool = False) -> tuple[int, ...]:
         """Token ids; special tokens of the tokenizer go in front of a template alone."""
         if not isinstance(text, str):
-            assert isinstance(text, Sequence)
-            return tuple(map(int, text))
-        if self.tokenizer is None:
+            tokens = tuple(map(int, text))
+        elif self.tokenizer is None:
             raise InputError("texts need a tokenizer: Agents(..., tokenizer=), or give token ids")
-        return tuple(self.tokenizer(text, add_special_tokens=first, verbose=False)["input_ids"])
+        else:
+            ids = self.tokenizer(text, add_special_tokens=first, verbose=False)["input_ids"]
+            tokens = tuple(ids)
+        if not tokens:
+            raise InputError(f"{what}: a text without tokens")
+        return tokens
 
 
 def _kvcomm(fast: CompressedModel, policy: KVCOMM | str | None) -> KVCOMM:
@@ -306,13 +270,3 @@ def _check_widths(sites: Sequence) -> None:
 
 def _stacked(segment: Segment) -> tuple[Tensor, Tensor]:
     return torch.stack(segment.keys), torch.stack(segment.values)
-
-
-def _interleaved(
-    pieces: Sequence[tuple[int, ...]], filled: Sequence[tuple[int, ...]]
-) -> tuple[tuple[int, ...], ...]:
-    """A fixed piece, a text, a fixed piece ..."""
-    found = [pieces[0]]
-    for text, piece in zip(filled, pieces[1:], strict=True):
-        found += [text, piece]
-    return tuple(found)

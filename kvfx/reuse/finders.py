@@ -71,6 +71,10 @@ class Finder(Protocol):
         """Store what later prompts may find."""
         ...
 
+    def add(self, segment: Segment) -> str:
+        """Store rows that were not computed for a prompt: their key."""
+        ...
+
 
 @dataclass(eq=False)
 class PieceFinder:
@@ -126,6 +130,10 @@ class PieceFinder:
                     self.store.put(segment)
             context = context_hash(piece, context)
 
+    def add(self, segment: Segment) -> str:
+        """Store a piece."""
+        return self.store.put(segment)
+
 
 class FragmentFinder:
     """Runs of at least `least` tokens of whole earlier prompts, by hashes of `window` tokens; with
@@ -149,9 +157,9 @@ class FragmentFinder:
         for span in self._spans(tokens):
             segment = self.store.load(span.sequence)
             if segment is None:
-                # evicted since it was indexed
+                # evicted since it was indexed; it may have had several fragments
                 self.index.remove(span.sequence)
-                del self.known[span.sequence]
+                self.known.pop(span.sequence, None)
                 continue
             exact = span.is_prefix and segment.provenance in EXACT
             part = segment.slice(span.source, span.source + span.length)
@@ -173,8 +181,13 @@ class FragmentFinder:
         tokens = outcome.layout.tokens[:-1]
         provenance = ISOLATED if outcome.depth == 0 else REPAIRED
         pair = self.runner.canonical(outcome.rows, 0, len(tokens))
-        segment = cast_segment(self.runner, tokens, pair, provenance, "", outcome.depth)
-        self._remember(Stored.of(self.store.put(segment), segment))
+        self.add(cast_segment(self.runner, tokens, pair, provenance, "", outcome.depth))
+
+    def add(self, segment: Segment) -> str:
+        """Store a sequence, and index its fragments."""
+        key = self.store.put(segment)
+        self._remember(Stored.of(key, segment))
+        return key
 
     def _spans(self, tokens: Sequence[int]) -> tuple[Span, ...]:
         if not self.similar:

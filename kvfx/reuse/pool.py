@@ -87,8 +87,11 @@ class Pool:
         return self.policy.repairs if dense else 0
 
     def add(self, piece: str | Sequence[int]) -> str:
-        """Compute a piece alone and store it, so that prompts find it: its key."""
-        return self.store.put(alone(self.runner, Layout.of([piece, [0]], self.tokenizer).pieces[0]))
+        """Compute a piece alone and store it, so that prompts find it: its key. A text is tokenized
+        as it is behind another piece, without special tokens.
+        """
+        tokens = Layout.of([[0], piece], self.tokenizer).pieces[1]
+        return self.finder.add(alone(self.runner, tokens))
 
     def prefill(self, layout: Layout | Sequence[str | Sequence[int]]) -> Prefilled:
         """The cache of a prompt, whose pieces are texts or token ids.

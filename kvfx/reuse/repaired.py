@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvfx.cache import in_buckets
-from kvfx.errors import CapacityExceeded, UnsupportedOperation
+from kvfx.errors import CapacityExceeded, InputError, UnsupportedOperation
 from kvfx.planner import Plan
 from kvfx.reuse.runner import LiveRows, Runner
 from kvfx.runtime import State
@@ -22,6 +22,8 @@ class RepairedState(State):
     2503.16525, decode stage).
 
     A repaired row sees those before it as they are by then, so it is exact as soon as they are.
+    Rows that were computed behind approximate ones deviate as well, in the layers behind the next
+    one; by how much nobody measured, so they are not repaired.
     """
 
     def __init__(
@@ -43,21 +45,22 @@ class RepairedState(State):
         self.deviation, self.attention = deviation, attention
         self.repairs, self.watch = repairs, watch
         self.repaired: list[int] = []
+        self._check_room(len(tokens))
         self._count(len(tokens))
 
     def tensors(self) -> list[Tensor]:
         """Keys and values of all sites."""
         return [*self.rows.keys, *self.rows.values]
 
-    def read(self, input_ids: Tensor, logits_index: Tensor) -> Tensor:
-        """Compute the new rows, and with a single one the worst of the approximate ones."""
+    def read(self, input_ids: Tensor, tokens: Sequence[int], logits_index: Tensor) -> Tensor:
+        """Compute the new rows, and with a single one the worst of the approximate ones. Raises
+        InputError for padding.
+        """
         new = input_ids[0].tolist()
+        if tokens[0] < len(new):
+            raise InputError("a prompt that is repaired while it is read takes no padding: one row")
         first, count = self.columns, self.columns + len(new)
-        if self.max_length is not None and count > self.max_length:
-            raise CapacityExceeded(
-                f"{count} tokens do not fit into max_length={self.max_length}: compress with a "
-                "larger max_length"
-            )
+        self._check_room(count)
         self._grow(count)
         again = self._worst() if len(new) == 1 else []
         self.tokens += new
@@ -90,6 +93,13 @@ class RepairedState(State):
             raise UnsupportedOperation(
                 "a prompt that is repaired while it is read has one row: beam search and several "
                 "sequences need a pool with repairs=0"
+            )
+
+    def _check_room(self, count: int) -> None:
+        if self.max_length is not None and count > self.max_length:
+            raise CapacityExceeded(
+                f"{count} tokens do not fit into max_length={self.max_length}: compress with a "
+                "larger max_length"
             )
 
     def _worst(self) -> list[int]:

@@ -26,6 +26,12 @@ class Request:
     max_new_tokens: int = 64
     arrived: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(
+                f"request {self.key}: max_new_tokens={self.max_new_tokens}: ask for 1 or more"
+            )
+
 
 @dataclass(frozen=True)
 class Reply:

@@ -160,6 +160,20 @@ def test_explain(folder):
     assert "256 -> 132" in result.stdout
 
 
+def test_budgets_in_bytes(folder):
+    """As an option, and in the policy; both need to know for how many tokens."""
+    room = ("--context", "300")
+    found = [
+        call("explain", folder, "--policy", "StreamingLLM()", "--memory", "40KiB", *room, "--json"),
+        call("explain", folder, "--policy", "StreamingLLM(budget='40KiB')", *room, "--json"),
+    ]
+    documents = [json.loads(result.stdout) for result in found]
+    assert documents[0]["policy"] == documents[1]["policy"] != "StreamingLLM(budget=0.25)"
+    result = call("explain", folder, "--policy", "StreamingLLM()", "--memory", "40KiB")
+    assert result.exit_code == 1
+    assert "for how many tokens" in result.output
+
+
 def test_explain_json(folder):
     data = json.loads(call("explain", folder, "--policy", "full", "--json").stdout)
     assert data["policy"] == "Full()"

@@ -96,7 +96,7 @@ def test_tokens_decide_which_prompts_are_sampled(some):
                "sample:nan", "0.5", "off:0.5"],
 )  # fmt: skip
 def test_another_sample_is_refused(verify):
-    with pytest.raises(InputError, match="use 'off', 'always', or 'sample:0.05'"):
+    with pytest.raises(InputError, match=r"use 'off', 'always', or 'sample:0\.05'"):
         sampled_by(verify)
 
 

@@ -77,7 +77,7 @@ def test_half_precision_is_probed_with_its_own_rounding():
     model = tiny("llama").to(torch.bfloat16)
     found = probed(model, raised_graph(model, capture(model), Trail(), strict=True))
     assert found.failures == ()
-    assert found.rows > 1e-5
+    assert found.moved > 1e-3
 
 
 def with_rope(raised: Graph, **changes: object) -> Graph:
