@@ -29,6 +29,8 @@ from kvfx.reuse.store import SegmentStore
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from kvfx.reuse.requests import Reply, Request
+
 
 @dataclass(frozen=True, eq=False)
 class Prefilled:
@@ -130,6 +132,12 @@ class Pool:
         )
         self.totals.add(served)
         return Prefilled(cache, torch.tensor([tokens], device=self.fast.device), served)
+
+    def run(self, requests: Sequence[Request], *, active: int = 4) -> list[Reply]:
+        """Answer many requests, those with the least to compute first: `kvfx.reuse.serve`."""
+        from kvfx.reuse.requests import serve
+
+        return serve(self, requests, active=active)
 
     def _cache(self, rows: LiveRows, body: Sequence[int], done: Computed) -> CompressedCache:
         if self.repairs == 0 or done.deviation is None or done.attention is None:

@@ -123,7 +123,7 @@ def test_templates_and_calls_that_do_not_fit_are_refused():
         ("three", {}, "there is no agent 'three': two"),
         ("two", {"q": text(1)}, "agent 'two': slots without a text: a"),
         ("two", {"q": "words", "a": text(1)}, "texts need a tokenizer"),
-        ("two", {"q": [], "a": text(1)}, "one length"),
+        ("two", {"q": [], "a": text(1)}, "q: a text without tokens"),
     ):
         with pytest.raises(InputError, match=message):
             team.prefill(agent, texts)
