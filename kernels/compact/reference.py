@@ -28,6 +28,10 @@ def compact(
         shift = entry_shift(keep, None, None)
         k_cache.copy_(rotate(k_cache, shift, frequencies, style))
     order, count = kept_first(keep)
+    # on a CPU counts are at hand: what goes is not moved
+    most = int(count.max()) if count.device.type == "cpu" else keep.shape[2]
+    order = order[..., :most, None]
     for cache in (k_cache, v_cache):
-        cache.copy_(cache.gather(2, order[..., None].expand_as(cache)))
+        moved = cache.gather(2, order.expand(-1, -1, -1, cache.shape[3]))
+        cache[:, :, :most] = moved
     length.copy_(count)
