@@ -15,6 +15,7 @@ from torch import fx
 from kvfx.errors import CaptureError
 from kvfx.graph import Graph, Level, Miss, call, operand, replace, site_path
 from kvfx.pass_manager import Pass, Statistics
+from kvfx.passes.softmax_root import match_softmax, softmax_roots
 from kvfx.provenance import Stamp
 
 aten = torch.ops.aten
@@ -47,6 +48,7 @@ class MatchAttention(Pass):
     """Raise every attention computation to `kvfx.attention`.
 
     Before:  k4 = reshape(expand(unsqueeze(k, 2)));  o = sdpa(q, k4, v4, mask, scale=s)
+             or o = matmul(softmax(matmul(q, transpose(k4, -1, -2)) * s + mask, -1), v4)
     After:   o  = kvfx.attention(q, k, v, mask, scale=s, kv_repeat=4)
     """
 
@@ -55,18 +57,23 @@ class MatchAttention(Pass):
     produces: ClassVar[Level] = Level.CANONICAL
 
     def run(self, graph: Graph, stats: Statistics) -> None:
-        """Match every SDPA root; a root that does not match is recorded in `graph.missed` under its
+        """Match every root; one that does not match is recorded in `graph.missed` under its
         site.
         """
-        roots = attention_roots(graph)
+        roots, written_out = attention_roots(graph), softmax_roots(graph)
         if not roots:
             raise CaptureError(
                 "no attention was found in the captured graph: kvfx raises "
-                "scaled_dot_product_attention, and this model "
-                "computes attention another way (or has none)"
+                "scaled_dot_product_attention, and products around a softmax; this model computes "
+                "attention another way (or has none)"
             )
         for site, root in roots.items():
-            found = match_sdpa(root)
+            rule = "softmax" if root in written_out else "sdpa"
+            found = (
+                match_written_out(graph, root, written_out[root])
+                if root in written_out
+                else match_sdpa(root)
+            )
             if isinstance(found, Miss):
                 stats.miss(Miss(found.reason, site))
                 graph.missed[site] = Miss(found.reason, site)
@@ -76,19 +83,20 @@ class MatchAttention(Pass):
                     graph,
                     torch.ops.kvfx.attention.default,
                     (found.q, found.k, found.v, found.mask, None),
-                    Stamp(site, "sdpa", self.name),
+                    Stamp(site, rule, self.name),
                     scale=found.scale,
                     kv_repeat=found.kv_repeat,
                 )
             replace(root, raised)
-            stats.hit("sdpa")
+            stats.hit(rule)
 
 
 def attention_roots(graph: Graph) -> dict[str, fx.Node]:
     """The attention computations of a captured or canonical graph, by the name of their site."""
     roots: dict[str, fx.Node] = {}
     seen: Counter[str] = Counter()
-    for root in graph.calls(SDPA):
+    products = softmax_roots(graph)
+    for root in (node for node in graph.nodes if node.target is SDPA or node in products):
         path = site_path(root)
         seen[path] += 1
         roots[path if seen[path] == 1 else f"{path}#{seen[path]}"] = root
@@ -106,23 +114,47 @@ def match_sdpa(root: fx.Node) -> AttentionOperands | Miss:
         return Miss("attention is bidirectional: it has no mask and is not causal")
     if mask is not None and args["is_causal"]:
         return Miss("attention has a mask and is_causal: kvfx expects one of them")
-    k, k_repeat = peel_repeat_kv(k)
-    v, v_repeat = peel_repeat_kv(v)
-    if k_repeat != v_repeat:
-        return Miss(f"K and V are repeated differently ({k_repeat} and {v_repeat} times)")
-    heads, kv_heads = q.meta["val"].shape[1], k.meta["val"].shape[1]
-    if k_repeat == 1 and args["enable_gqa"]:
-        k_repeat = heads // kv_heads
-    if heads != kv_heads * k_repeat:
-        return Miss(
-            f"{heads} query heads do not divide into {kv_heads} KV heads repeated {k_repeat} times"
-        )
     scale = args["scale"]
     if scale is None:
         scale = 1.0 / math.sqrt(q.meta["val"].shape[-1])
     if not isinstance(scale, (int, float)):
         return Miss("the scale is not a constant")
-    return AttentionOperands(q, k, v, mask, float(scale), k_repeat)
+    return _grouped(q, k, v, mask, float(scale), gqa=args["enable_gqa"])
+
+
+def match_written_out(graph: Graph, root: fx.Node, softmax: fx.Node) -> AttentionOperands | Miss:
+    """The same of an attention that is written out, whose mask has to be there."""
+    found = match_softmax(graph, root, softmax)
+    if isinstance(found, Miss):
+        return found
+    if found.mask is None:
+        return Miss("attention is bidirectional: nothing is added to its scores")
+    if any(len(node.meta["val"].shape) != 4 for node in (found.q, found.k, found.v)):
+        return Miss("batch and heads are one axis: kvfx reads [B, H, S, D]")
+    mask = found.mask
+    if found.mask_scale != 1.0:
+        with graph.module.graph.inserting_before(root):
+            mark = Stamp(site_path(root), "softmax", MatchAttention.name)
+            mask = call(graph, aten.mul.Tensor, (mask, found.mask_scale), mark)
+    return _grouped(found.q, found.k, found.v, mask, found.scale, gqa=False)
+
+
+def _grouped(
+    q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None, scale: float, *, gqa: bool
+) -> AttentionOperands | Miss:
+    """The operands with K and V before they are repeated for grouped queries."""
+    k, k_repeat = peel_repeat_kv(k)
+    v, v_repeat = peel_repeat_kv(v)
+    if k_repeat != v_repeat:
+        return Miss(f"K and V are repeated differently ({k_repeat} and {v_repeat} times)")
+    heads, kv_heads = q.meta["val"].shape[1], k.meta["val"].shape[1]
+    if k_repeat == 1 and gqa:
+        k_repeat = heads // kv_heads
+    if heads != kv_heads * k_repeat:
+        return Miss(
+            f"{heads} query heads do not divide into {kv_heads} KV heads repeated {k_repeat} times"
+        )
+    return AttentionOperands(q, k, v, mask, scale, k_repeat)
 
 
 def peel_repeat_kv(node: fx.Node) -> tuple[fx.Node, int]:

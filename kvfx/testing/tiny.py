@@ -66,6 +66,7 @@ TINY: dict[str, dict[str, object]] = {
     "opt": {"ffn_dim": 112, "word_embed_proj_dim": 64, "init_std": SPREAD},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 8},
+    "codegen": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 8},
     "bloom": {"n_layer": 2, "n_head": 4},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 512},
