@@ -50,7 +50,7 @@ if TYPE_CHECKING:
         ZipVL,
         policy_named,
     )
-    from kvfx.recommend import recommend
+    from kvfx.recommendation import recommend
 
 __version__ = "0.1.0"
 __all__ = [
@@ -110,7 +110,7 @@ HOMES = {
     "explain": "kvfx.compiler",
     "load_plan": "kvfx.plan_file",
     "plan": "kvfx.fit",
-    "recommend": "kvfx.recommend",
+    "recommend": "kvfx.recommendation",
     "save_plan": "kvfx.plan_file",
 }
 

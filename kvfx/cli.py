@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvfx.calibration import Calibration
     from kvfx.fit import MemoryPlan
     from kvfx.model import CompressedCache, CompressedModel
-    from kvfx.recommend import Recommendation
+    from kvfx.recommendation import Recommendation
     from kvfx.report import Report
 
 # stands for a reply where a chat template is rendered to see what follows one

@@ -204,7 +204,7 @@ def _chooser(
     # these are made of what this module does
     from kvfx.fit import bytes_asked, fitted
     from kvfx.plan_file import load_plan, move_plan
-    from kvfx.recommend import recommend
+    from kvfx.recommendation import recommend
 
     if plan is not None:
         if policy is not None or room.memory is not None:

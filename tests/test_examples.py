@@ -90,7 +90,8 @@ def test_example(example, smollm2, capsys, monkeypatch):
 
 
 def test_every_example_is_found():
-    assert {path.stem for path in EXAMPLES} == {"quickstart", "chat_constant_memory", "compose"}
+    found = {path.stem for path in EXAMPLES}
+    assert found == {"quickstart", "chat_constant_memory", "compose", "reuse_documents"}
 
 
 @pytest.mark.slow

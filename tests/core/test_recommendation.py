@@ -10,7 +10,7 @@ import torch
 import kvfx
 from kvfx import KIVI, Auto, Full, KVTuner, PrefixKV, SnapKV
 from kvfx.errors import CapacityExceeded, InputError, PolicyError
-from kvfx.recommend import default_candidates, recommend
+from kvfx.recommendation import default_candidates, recommend
 from kvfx.testing.tiny import left_padded, tiny_llama
 
 CONTEXT, MEMORY = 400, 200_000
@@ -137,7 +137,7 @@ def test_compress_chooses_by_itself(model, monkeypatch):
         def __call__(self, text, verbose=False):
             return {"input_ids": [3 + ord(letter) % 90 for letter in text]}
 
-    monkeypatch.setattr("kvfx.recommend._tokenizer", lambda model: Letters())
+    monkeypatch.setattr("kvfx.recommendation._tokenizer", lambda model: Letters())
     fast = kvfx.compress(model, memory=MEMORY, context=CONTEXT, compile=False, verify=False)
     past = fast(**left_padded((CONTEXT,)), logits_to_keep=1).past_key_values
     assert past.nbytes() <= MEMORY
