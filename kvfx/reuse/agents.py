@@ -79,6 +79,8 @@ class Agents:
         self.adopter = Adopter(fast)
         self.probe = probe(fast.source, raised, self.runner)
         self.probe.check(approximate=True)
+        if store is not None:
+            store.check(fast)
         self.store = store or SegmentStore.of(fast, tokenizer)
         self.pools: dict[str, AnchorPool] = {}
         self.templates = {name: self._template(name, parts) for name, parts in templates.items()}

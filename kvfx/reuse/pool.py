@@ -54,7 +54,8 @@ class Pool:
     filled and left.
 
     Raises UnsupportedShape for a model that fails the probe (`kvfx.reuse.probe`), and for policies
-    that rank tokens by a prompt's queries; PolicyError for a policy that does not reuse.
+    that rank tokens by a prompt's queries; StoreError for a store of another model; PolicyError for
+    a policy that does not reuse.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class Pool:
         self.adopter = Adopter(fast)
         self.probe = probe(fast.source, raised, self.runner)
         self.probe.check(approximate=self.policy.approximate)
+        if store is not None:
+            store.check(fast)
         self.store = store or SegmentStore.of(fast, tokenizer)
         self.finder: Finder = _finder(self.policy, self.store, self.runner)
 

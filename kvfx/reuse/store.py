@@ -54,6 +54,7 @@ class SegmentStore:
         salt: str = "",
     ) -> None:
         self.stats = Stats()
+        self.fingerprint = fingerprint
         self._owner = Owner(fingerprint.digest, salt)
         self._budget = parse_size(memory, "memory")
         self._memory: OrderedDict[str, Segment] = OrderedDict()
@@ -76,9 +77,20 @@ class SegmentStore:
         salt: str = "",
     ) -> SegmentStore:
         """A store for the model that `fast` came from; hashes all its weights."""
-        sites = tuple(plan.site for plan in fast.plan.sites)
-        found = fingerprint(fast.source, tokenizer, sites)
+        found = _fingerprint(fast, tokenizer)
         return cls(found, memory=memory, folder=folder, disk=disk, salt=salt)
+
+    def check(self, fast: CompressedModel) -> None:
+        """Raise a StoreError unless this is a store for the model that `fast` came from, whose
+        weights are hashed for that.
+        """
+        found, held = _fingerprint(fast, None), self.fingerprint
+        for what in ("weights", "rope", "dtype"):
+            if getattr(found, what) != getattr(held, what):
+                raise StoreError(
+                    f"the store is of another model: its {what} are not those of this one "
+                    "(SegmentStore.of(fast) makes one)"
+                )
 
     @property
     def nbytes(self) -> int:
@@ -218,6 +230,11 @@ class SegmentStore:
         else:
             self.stats.hits += 1
         return segment
+
+
+def _fingerprint(fast: CompressedModel, tokenizer: PreTrainedTokenizerBase | None) -> Fingerprint:
+    sites = tuple(plan.site for plan in fast.plan.sites)
+    return fingerprint(fast.source, tokenizer, sites)
 
 
 def _checked(key: str) -> str:
