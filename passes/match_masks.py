@@ -23,8 +23,6 @@ SHORTEST = 37
 LONGEST = 6000
 # beyond: the end of a slice, the smallest number of a dtype
 HUGE = 2**30
-# the most that a mask's smallest number may have been divided by
-SCALED = 64
 LOWEST = {torch.finfo(torch.float16).max}
 SIZES = {aten.sym_size.int}
 
@@ -140,7 +138,7 @@ def _seen(mask: Tensor) -> Tensor | Miss:
     """The mask as booleans [S, S], if it is the same for every row of the batch and every head."""
     if mask.dtype is not torch.bool:
         # some models divide scores and masks alike: what is left still hides everything
-        hidden = mask <= torch.finfo(mask.dtype).min / SCALED
+        hidden = mask <= torch.finfo(mask.dtype).min / 64
         if not bool((hidden | (mask == 0)).all()):
             return Miss("the mask adds a bias that is neither 0 nor minus infinity")
         mask = ~hidden
