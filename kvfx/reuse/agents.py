@@ -9,22 +9,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvfx.capture import capture
-from kvfx.compiler import raised_graph
 from kvfx.errors import InputError, PolicyError, UnsupportedShape
 from kvfx.model import CompressedModel
-from kvfx.pass_manager import Trail
 from kvfx.policies import KVCOMM, policy_named
 from kvfx.reuse.account import Clock, Served, Totals, audit, sampled_by
-from kvfx.reuse.adopt import Adopter
 from kvfx.reuse.anchors import AnchorPool
 from kvfx.reuse.finders import alone
 from kvfx.reuse.gate import Verdict
+from kvfx.reuse.ground import ground
 from kvfx.reuse.layout import Layout
 from kvfx.reuse.offsets import Base, Offsets
 from kvfx.reuse.pool import Prefilled
-from kvfx.reuse.probe import probe
-from kvfx.reuse.runner import LiveRows, Runner
+from kvfx.reuse.runner import LiveRows
 from kvfx.reuse.segment import ISOLATED, Segment, context_hash
 from kvfx.reuse.store import SegmentStore
 from kvfx.reuse.template import Slot, Template, canonical_stack, computed_pieces, slots_of
@@ -73,15 +69,10 @@ class Agents:
         self.policy = _kvcomm(fast, policy)
         self.sampled = sampled_by(verify)
         self.totals = Totals()
-        raised = raised_graph(fast.source, capture(fast.source), Trail(), strict=True)
-        _check_widths(raised.sites)
-        self.runner = Runner(raised)
-        self.adopter = Adopter(fast)
-        self.probe = probe(fast.source, raised, self.runner)
-        self.probe.check(approximate=True)
-        if store is not None:
-            store.check(fast)
-        self.store = store or SegmentStore.of(fast, tokenizer)
+        base = ground(fast, store, tokenizer, approximate=True)
+        _check_widths(base.runner.sites)
+        self.runner, self.adopter = base.runner, base.adopter
+        self.probe, self.store = base.probe, base.store
         self.pools: dict[str, AnchorPool] = {}
         self.templates = {name: self._template(name, parts) for name, parts in templates.items()}
 

@@ -9,19 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvfx.capture import capture
-from kvfx.compiler import raised_graph
 from kvfx.errors import PolicyError
 from kvfx.model import CompressedCache, CompressedModel
-from kvfx.pass_manager import Trail
 from kvfx.policies import KVShare, policy_named
 from kvfx.policy import Reuse
 from kvfx.reuse.account import Clock, Served, Totals, audit, sampled_by
-from kvfx.reuse.adopt import Adopter
 from kvfx.reuse.compute import Computed, compute
 from kvfx.reuse.finders import Finder, FragmentFinder, Outcome, PieceFinder, alone
+from kvfx.reuse.ground import ground
 from kvfx.reuse.layout import Layout
-from kvfx.reuse.probe import probe
 from kvfx.reuse.repaired import RepairedState
 from kvfx.reuse.runner import LiveRows, Runner
 from kvfx.reuse.store import SegmentStore
@@ -72,14 +68,9 @@ class Pool:
         self.policy = _reuse(fast, policy)
         self.sampled = sampled_by(verify)
         self.totals = Totals()
-        raised = raised_graph(fast.source, capture(fast.source), Trail(), strict=True)
-        self.runner = Runner(raised)
-        self.adopter = Adopter(fast)
-        self.probe = probe(fast.source, raised, self.runner)
-        self.probe.check(approximate=self.policy.approximate)
-        if store is not None:
-            store.check(fast)
-        self.store = store or SegmentStore.of(fast, tokenizer)
+        base = ground(fast, store, tokenizer, approximate=self.policy.approximate)
+        self.runner, self.adopter = base.runner, base.adopter
+        self.probe, self.store = base.probe, base.store
         self.finder: Finder = _finder(self.policy, self.store, self.runner)
 
     @property

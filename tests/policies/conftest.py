@@ -25,6 +25,12 @@ def small():
 
 
 @pytest.fixture(scope="session")
+def fast(small):
+    """The small model with a dense cache."""
+    return kvfx.compress(small, kvfx.Full(), compile=False, verify=False)
+
+
+@pytest.fixture(scope="session")
 def calibration(small) -> Calibration:
     """Two prompts of 128 tokens."""
     generator = torch.Generator().manual_seed(0)

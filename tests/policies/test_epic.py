@@ -6,39 +6,12 @@ import pytest
 import torch
 
 import kvfx
-from kvfx import EPIC, KIVI, Full, NaiveReuse
+from kvfx import EPIC, KIVI, NaiveReuse
 from kvfx.errors import PolicyError
 from kvfx.policies import policy_named
 from kvfx.policy import compose
 from kvfx.reuse import Pool
-
-
-@pytest.fixture(scope="module")
-def fast(small):
-    """The small model with a dense cache."""
-    return kvfx.compress(small, Full(), compile=False, verify=False)
-
-
-def some(count: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 99, (count,), generator=generator).tolist()
-
-
-A, B, C, QUESTION = some(21, 1), some(17, 2), some(19, 3), some(6, 4)
-
-
-def counts(served):
-    return served.exact, served.approximate, served.repaired, served.computed
-
-
-def dense(small, pre):
-    return small.generate(pre.input_ids, max_new_tokens=8, do_sample=False)
-
-
-def reply(fast, pre):
-    return fast.generate(
-        pre.input_ids, past_key_values=pre.cache, max_new_tokens=8, do_sample=False
-    )
+from kvfx.testing.prompts_in_pieces import QUESTION, A, B, C, counts, dense, reply
 
 
 def test_what_it_looks_for():

@@ -14,7 +14,7 @@ import torch
 import kvfx
 from kvfx.model import CompressedModel
 from kvfx.reuse import Agents, Slot
-from kvfx.reuse import agents as home
+from kvfx.reuse import ground as home
 from kvfx.reuse.agents import Call
 from kvfx.reuse.runner import LiveRows, Runner
 from kvfx.reuse.segment import context_hash
