@@ -25,24 +25,27 @@ RECURRENT = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "ssm", 
 
 class _Stateless(nn.Module):
     """`f(input_ids [B, S], position_ids [B, S], logits_index [L]) -> logits [B, L, V]` of a
-    decoder.
+    decoder. One that counts positions itself does not look at `position_ids`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.selects_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.takes_positions = takes_positions(model)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, logits_index: Tensor) -> Tensor:
+        options: dict[str, object] = {"input_ids": input_ids, "use_cache": False}
+        if self.takes_positions:
+            options["position_ids"] = position_ids
         if self.selects_logits:
-            return self.model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                logits_to_keep=logits_index,
-                use_cache=False,
-            ).logits
-        logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        return logits[:, logits_index]
+            return self.model(**options, logits_to_keep=logits_index).logits
+        return self.model(**options).logits[:, logits_index]
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether a model is told positions; one that is not counts them itself."""
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 # what was captured, for as long as the model lives, and what the model was like then
@@ -54,8 +57,8 @@ def capture(model: PreTrainedModel) -> Graph:
     `model` is unchanged. A model that was captured before, and is as it was, is not traced again.
 
     Raises CaptureError for anything that is not a decoder with attention: encoders,
-    encoder-decoders, recurrent layers, models without a language-model head or without
-    `position_ids`, weights on several devices.
+    encoder-decoders, recurrent layers, models without a language-model head, weights on several
+    devices.
     """
     check_decoder(model)
     likeness = _likeness(model)
@@ -88,29 +91,56 @@ def _trace(model: PreTrainedModel) -> Graph:
     input_ids = torch.zeros(2, 7, dtype=torch.int64, device=device)
     position_ids = torch.arange(7, device=device).expand(2, 7).contiguous()
     logits_index = torch.tensor([2, 5, 6], device=device)
-    batch, length, kept = (torch.export.Dim(name, min=1) for name in ("batch", "length", "kept"))
-    shapes = {
-        "input_ids": {0: batch, 1: length},
-        "position_ids": {0: batch, 1: length},
-        "logits_index": {0: kept},
-    }
     with _as_sdpa_in_eval(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            exported = torch.export.export(
-                _Stateless(model),
-                (input_ids, position_ids, logits_index),
-                dynamic_shapes=shapes,
-                strict=False,
-            )
-        except Exception as error:
-            raise CaptureError(
-                f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}"
-            ) from error
+        exported = _export(model, (input_ids, position_ids, logits_index))
         module = exported.module()
     _share_weights(module, model)
     # its copies have plain inputs and outputs: the pytree calling convention of export stays behind
     return Graph(module, Level.CAPTURED, windows=_config_windows(model))
+
+
+def _export(model: PreTrainedModel, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """The exported forward pass, for any batch and length; some models bound their length, by a
+    table of positions say, and export then finds the bound itself.
+    """
+    any_size = tuple(torch.export.Dim(name, min=1) for name in ("batch", "length", "kept"))
+    for sizes in (any_size, (torch.export.Dim.AUTO,) * 3):
+        batch, length, kept = sizes
+        shapes = {
+            "input_ids": {0: batch, 1: length},
+            "position_ids": {0: batch, 1: length},
+            "logits_index": {0: kept},
+        }
+        try:
+            exported = torch.export.export(
+                _Stateless(model), inputs, dynamic_shapes=shapes, strict=False
+            )
+        except Exception as error:
+            if "Constraints violated" in str(error) and sizes is any_size:
+                continue
+            raise CaptureError(
+                f"{type(model).__name__} cannot be captured by torch.export: {_reason(error)}"
+            ) from error
+        _check_sizes(model, exported)
+        return exported
+    raise AssertionError
+
+
+def _check_sizes(model: PreTrainedModel, exported: torch.export.ExportedProgram) -> None:
+    """Raise a CaptureError unless the graph holds for any batch and length."""
+    names = exported.graph_signature.user_inputs
+    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.name in names}
+    fixed = [
+        what
+        for what, size in zip(("batch", "length"), values["input_ids"].shape, strict=True)
+        if not isinstance(size, torch.SymInt)
+    ]
+    if fixed:
+        raise CaptureError(
+            f"{type(model).__name__} computes something else for every {' and '.join(fixed)}: its "
+            "graph holds for one only"
+        )
 
 
 def check_decoder(model: PreTrainedModel) -> None:
@@ -131,22 +161,34 @@ def check_decoder(model: PreTrainedModel) -> None:
         raise CaptureError(
             f"{kind} is not a decoder (it cannot generate): load it with AutoModelForCausalLM"
         )
-    layers = getattr(config.get_text_config(), "layer_types", None) or ()
-    recurrent = sorted({layer for layer in layers if any(word in layer for word in RECURRENT)})
-    if recurrent or getattr(model, "_is_stateful", False):
-        what = f" ({', '.join(recurrent)})" if recurrent else ""
-        raise CaptureError(
-            f"{kind} has recurrent layers{what}: their state is not a KV cache, kvfx cannot carry "
-            "it"
-        )
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise CaptureError(
-            f"{kind} takes no position_ids: positions could not be told apart from rows"
-        )
+    _check_layers(model)
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
         raise CaptureError(
             f"{kind} has weights on {', '.join(devices)}: put the whole model on one device"
+        )
+
+
+def _check_layers(model: PreTrainedModel) -> None:
+    """Raise a CaptureError for layers that carry a state instead of keys and values."""
+    kind, config = type(model).__name__, model.config.get_text_config()
+    found: dict[str, list[int]] = {}
+    for index, layer in enumerate(getattr(config, "layer_types", None) or ()):
+        if any(word in layer for word in RECURRENT):
+            found.setdefault(layer, []).append(index)
+    if found:
+        listed = "; ".join(
+            f"{layer} in {'layers' if len(at) > 1 else 'layer'} {', '.join(map(str, at))}"
+            for layer, at in found.items()
+        )
+        raise CaptureError(
+            f"{kind} has recurrent layers ({listed}): their state is no KV cache, kvfx cannot "
+            "carry it"
+        )
+    if getattr(model, "_is_stateful", False):
+        raise CaptureError(
+            f"{kind} carries a state of its own from token to token beside keys and values: kvfx "
+            "cannot carry it"
         )
 
 
@@ -158,8 +200,9 @@ def _as_sdpa_in_eval(model: PreTrainedModel) -> Iterator[None]:
     implementation = model.config._attn_implementation
     training = [(module, module.training) for module in model.modules()]
     try:
-        with contextlib.suppress(ValueError, ImportError):
-            model.set_attn_implementation("sdpa")
+        if model._can_set_attn_implementation():
+            with contextlib.suppress(ValueError, ImportError):
+                model.set_attn_implementation("sdpa")
         model.eval()
         yield
     finally:
@@ -191,6 +234,9 @@ def _config_windows(model: PreTrainedModel) -> tuple[int, ...]:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """What an error of torch.export says, on one line."""
+    if type(error).__name__ == "GuardOnDataDependentSymNode":
+        return "its code branches on the values of tensors, a graph cannot"
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

@@ -236,6 +236,14 @@ def explain(
     context: ContextOption = None,
     calibration: CalibrationOption = None,
     as_json: JsonOption = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a page to look at: graphs before and after, and every pass; if the model "
+            "is refused, why.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Say what compress would do, site by site, without compiling or running anything."""
     import kvfx
@@ -248,6 +256,7 @@ def explain(
             memory=memory,
             context=context,
             calibration=_calibration(calibration),
+            html=html,
         )
     if as_json:
         _print_json(report.to_dict())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,13 @@ import torch
 from torch import fx
 
 from kvfx.capture import capture
-from kvfx.errors import CalibrationError, PolicyError, UnmatchedAttention, UnsupportedShape
+from kvfx.errors import (
+    CalibrationError,
+    KvfxError,
+    PolicyError,
+    UnmatchedAttention,
+    UnsupportedShape,
+)
 from kvfx.geometry import Site
 from kvfx.graph import Graph
 from kvfx.op_table import BACKENDS
@@ -21,7 +27,7 @@ from kvfx.passes.pipeline import PROGRAMS, Target, outline_passes, program_passe
 from kvfx.planner import Plan, make_plan
 from kvfx.policies import policy_named
 from kvfx.policy import Policy, check_at_least
-from kvfx.report import Report, make_report
+from kvfx.report import Report, make_report, short_policy
 from kvfx.runtime import Executor
 from kvfx.validate import validate
 
@@ -113,6 +119,7 @@ def compress(
     return CompressedModel(
         model,
         lowered.plan,
+        lowered.raised,
         lowered.graphs,
         Executor(
             programs,
@@ -136,20 +143,54 @@ def explain(
     backend: str = "auto",
     strict: bool = True,
     calibration: Calibration | None = None,
+    html: Path | str | None = None,
 ) -> Report:
-    """What `compress` would do, site by site, without compiling or running anything."""
-    start = time.perf_counter()
-    choose = _chooser(model, policy, None, Room(memory, batch, context), strict, calibration)
-    lowered = lower(
-        model, choose, backend=backend, compile=True, strict=strict, calibration=calibration
-    )
-    return make_report(
+    """What `compress` would do, site by site, without compiling or running anything.
+
+    `html` is a file to write the same to as a page to look at; where the model or the policy is
+    refused, it says why, and the error is raised all the same.
+    """
+    # a page is made of what this module does
+    from kvfx.page.data import Subject
+    from kvfx.page.write import save_page
+
+    start, trail = time.perf_counter(), Trail()
+    asked = short_policy(policy) if isinstance(policy, Policy) else policy or "as memory allows"
+    subject = Subject(type(model).__name__, asked, "explain", trail)
+    try:
+        choose = _chooser(model, policy, None, Room(memory, batch, context), strict, calibration)
+        lowered = lower(
+            model,
+            choose,
+            backend=backend,
+            compile=True,
+            strict=strict,
+            calibration=calibration,
+            trail=trail,
+        )
+    except KvfxError as refusal:
+        if html is not None:
+            save_page(html, replace(subject, refusal=refusal))
+        raise
+    report = make_report(
         lowered.plan,
         lowered.graphs,
         lowered.trail,
         verified=False,
         seconds=time.perf_counter() - start,
     )
+    if html is not None:
+        save_page(
+            html,
+            replace(
+                subject,
+                raised=lowered.raised,
+                graphs=lowered.graphs,
+                plan=lowered.plan,
+                report=report,
+            ),
+        )
+    return report
 
 
 def lower(
@@ -160,11 +201,12 @@ def lower(
     compile: bool,
     strict: bool,
     calibration: Calibration | None = None,
+    trail: Trail | None = None,
 ) -> Lowered:
     """Capture and raise `model`, choose a plan for its sites, and lower every program that the plan
-    needs.
+    needs; passes are recorded in `trail`, if one is given.
     """
-    trail = Trail()
+    trail = Trail() if trail is None else trail
     captured = capture(model)
     raised = raised_graph(model, captured, trail, strict=strict)
     if calibration is not None:

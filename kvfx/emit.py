@@ -12,6 +12,7 @@ from torch import fx
 from torch.fx.node import Argument
 
 from kvfx.cache import BATCH, CAPACITY, Buffer
+from kvfx.constants import add_constant
 from kvfx.graph import Graph, call, fake_mode
 from kvfx.ops import overload
 from kvfx.planner import SitePlan
@@ -26,7 +27,8 @@ class Emitter:
     """Adds stamped nodes for one site at the insertion point of its graph.
 
     `inputs` are the site's buffers by name, those of its store first; `tokens` is the input with
-    the prompt lengths that budgets refer to, where the program has one.
+    the prompt lengths that budgets refer to, where the program has one; `attention` is the raised
+    op of the site, where the program computes it. Other sites read what a `shared` one stores.
     """
 
     graph: Graph
@@ -34,6 +36,8 @@ class Emitter:
     inputs: dict[str, fx.Node]
     tokens: fx.Node | None
     by: str
+    attention: fx.Node | None = None
+    shared: bool = False
 
     @property
     def mark(self) -> Stamp:
@@ -67,10 +71,23 @@ class Emitter:
         self, name: str, operands: Mapping[str, fx.Node | None], attributes: Attributes
     ) -> fx.Node:
         """One kvfx op, which takes those operands that its schema names."""
-        taken = [
-            argument for argument in overload(name)._schema.arguments if not argument.kwarg_only
-        ]
-        return self.op(name, *(operands[argument.name] for argument in taken), **attributes)
+        rules, arguments = self.rules(), overload(name)._schema.arguments
+        taken = [argument for argument in arguments if not argument.kwarg_only]
+        while taken[-1].has_default_value() and {**operands, **rules}.get(taken[-1].name) is None:
+            taken.pop()
+        values = ({**operands, **rules}.get(argument.name) for argument in taken)
+        if "softcap" in rules and any(argument.name == "softcap" for argument in arguments):
+            attributes = {**attributes, "softcap": cast(float, rules["softcap"])}
+        return self.op(name, *values, **attributes)
+
+    def rules(self) -> dict[str, Argument]:
+        """What attention does at this site besides scaled products inside a window, as arguments of
+        its ops.
+        """
+        if self.attention is None:
+            return {}
+        others = ("scale", "kv_repeat", "window")
+        return {name: x for name, x in self.attention.kwargs.items() if name not in others}
 
     def item(self, values: fx.Node, index: int) -> fx.Node:
         """One output of an op that has several."""
@@ -108,20 +125,8 @@ class Emitter:
         """The rotary frequencies of the site as a constant of the graph."""
         site = self.plan.site
         assert site.rope is not None
-        name = f"frequencies_{site.index}"
-        if hasattr(self.graph.module, name):
-            return next(
-                node
-                for node in self.graph.module.graph.find_nodes(op="get_attr")
-                if node.target == name
-            )
         values = torch.tensor(site.rope.frequencies, dtype=torch.float32, device=site.device)
-        self.graph.module.register_buffer(name, values)
-        node = self.graph.module.graph.get_attr(name)
-        mode = fake_mode(self.graph.input("position_ids").meta["val"])
-        assert mode is not None
-        node.meta["val"] = mode.from_tensor(values, static_shapes=True)
-        return node
+        return add_constant(self.graph, f"frequencies_{site.index}", values)
 
 
 def add_tokens_input(graph: Graph) -> fx.Node:

@@ -26,6 +26,18 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Row q sees the earlier keys of its own block of `size` positions: `pos_q // size == pos_k //
+    size`.
+    """
+
+    size: int
+
+    def __str__(self) -> str:
+        return f"chunk {self.size}"
+
+
+@dataclass(frozen=True)
 class Unproven:
     """Who sees what is known to the model alone; `reason` says why no family fits its mask."""
 
@@ -35,7 +47,7 @@ class Unproven:
         return "unproven"
 
 
-Mask = Causal | Window | Unproven
+Mask = Causal | Window | Chunk | Unproven
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,14 @@ class Rope:
 
 @dataclass(frozen=True)
 class Site:
-    """One attention computation of the model, named by module path."""
+    """One attention computation of the model, named by module path.
+
+    Scores are `scale` times products; where the model says so they become
+    `softcap * tanh(score / softcap)`, lose `slopes[head]` per position of distance (ALiBi), and
+    share their softmax with one learned logit per head, which takes weight and gives nothing
+    (`sinks`). Where K and V are computed from narrower tensors, token by token, `latent` are their
+    widths; `linear` says whether that is linear.
+    """
 
     index: int
     name: str
@@ -73,6 +92,17 @@ class Site:
     rope: Rope | None
     dtype: torch.dtype
     device: torch.device
+    softcap: float = 0.0
+    slopes: tuple[float, ...] | None = None
+    sinks: bool = False
+    reads: int | None = None
+    latent: tuple[int, ...] = ()
+    linear: bool = False
+
+    @property
+    def width(self) -> int:
+        """Numbers per token of keys and values."""
+        return self.kv_heads * (self.head_dim + self.value_dim)
 
     @property
     def kv_repeat(self) -> int:
@@ -84,6 +114,20 @@ class Site:
         alone.
         """
         return self.index in (0, 1, sites - 1)
+
+    @property
+    def sees(self) -> str:
+        """Who is seen and how, in words: the mask, and the rules of scores."""
+        rules = (
+            f"softcap {self.softcap:g}" if self.softcap else "",
+            "ALiBi" if self.slopes else "",
+        )
+        return ", ".join(filter(None, (str(self.mask), *rules, "sinks" if self.sinks else "")))
+
+    @property
+    def chunk(self) -> int | None:
+        """The blocks of positions that see only themselves, if the model has them at this site."""
+        return self.mask.size if isinstance(self.mask, Chunk) else None
 
     @property
     def window(self) -> int | None:

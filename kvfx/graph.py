@@ -6,7 +6,7 @@ import contextlib
 import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
@@ -15,6 +15,9 @@ from torch.utils import _pytree as pytree
 
 from kvfx.geometry import Site
 from kvfx.provenance import Stamp, module_path, stamp
+
+if TYPE_CHECKING:
+    from kvfx.cuts import Cut
 
 
 class Level(enum.Enum):
@@ -47,7 +50,7 @@ class Graph:
 
     `program` is empty as long as the graph is the model's, for all programs. `windows` are the
     sliding windows that the model's config names. `missed` are the sites that could not be raised,
-    by name.
+    by name; `cuts` say of some what their K and V are computed from.
     """
 
     module: fx.GraphModule
@@ -56,6 +59,7 @@ class Graph:
     sites: tuple[Site, ...] = ()
     missed: dict[str, Miss] = field(default_factory=dict)
     program: str = ""
+    cuts: dict[str, Cut] = field(default_factory=dict)
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -71,6 +75,20 @@ class Graph:
 
     def __str__(self) -> str:
         return self.text
+
+    def svg(self, layer: int = 0) -> str:
+        """The drawing of a layer, by number, as an SVG document; raises an InputError where there
+        is none.
+        """
+        from kvfx.drawing.boxes import draw_layer
+        from kvfx.drawing.svg import svg_of
+
+        title = f"{self.program or 'the model'}, layer {layer} ({self.level.value})"
+        return svg_of(draw_layer(self, layer), title)
+
+    def _repr_svg_(self) -> str:
+        """The first layer, for notebooks."""
+        return self.svg()
 
     def input(self, name: str) -> fx.Node:
         """The graph input called `name`."""
@@ -89,7 +107,8 @@ class Graph:
         last.meta = dict(next(reversed(self.module.graph.nodes)).meta)
         module = fx.GraphModule(self.module, graph)
         program = self.program if program is None else program
-        return Graph(module, self.level, self.windows, self.sites, dict(self.missed), program)
+        missed, cuts = dict(self.missed), dict(self.cuts)
+        return Graph(module, self.level, self.windows, self.sites, missed, program, cuts)
 
     def clean(self) -> None:
         """Drop what nothing uses."""

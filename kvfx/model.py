@@ -5,7 +5,8 @@ model it came from.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
@@ -22,6 +23,9 @@ from kvfx.pass_manager import Trail
 from kvfx.planner import Plan
 from kvfx.report import Report
 from kvfx.runtime import Executor, State
+
+if TYPE_CHECKING:
+    from kvfx.cache_trace.trace import CacheTrace
 
 
 class CompressedCache(HFCache):
@@ -122,6 +126,7 @@ class CompressedModel(GenerationMixin, nn.Module):
         self,
         model: PreTrainedModel,
         plan: Plan,
+        raised: Graph,
         graphs: Mapping[str, Graph],
         executor: Executor,
         trail: Trail,
@@ -137,6 +142,7 @@ class CompressedModel(GenerationMixin, nn.Module):
             model, "generation_config", None
         ) or GenerationConfig.from_model_config(model.config)
         self.plan = plan
+        self.raised = raised
         self.graphs = graphs
         self.executor = executor
         self.trail = trail
@@ -174,6 +180,48 @@ class CompressedModel(GenerationMixin, nn.Module):
         if program not in self.graphs:
             raise KeyError(f"no program {program!r}: this model has {', '.join(self.graphs)}")
         return self.graphs[program]
+
+    def trace_cache(self, prompt_ids: Tensor, max_new_tokens: int = 32) -> CacheTrace:
+        """What becomes of every token in every cache while prompt_ids [1, S] are read and
+        `max_new_tokens` are decoded greedily, node by node: slower than `generate`, and exact.
+        """
+        from kvfx.cache_trace.record import trace_cache
+
+        return trace_cache(
+            self.plan,
+            self.graphs,
+            prompt_ids,
+            max_new_tokens,
+            max_length=self.max_length,
+            chunk=self.executor.chunk,
+        )
+
+    def save_html(self, path: Path | str, *, trace: CacheTrace | None = None) -> Path:
+        """Write one page that shows what was done: the report, the layers before and after, every
+        pass, every node of kvfx with its definition; with a `trace`, the cache over time. It needs
+        no network. Returns the path.
+        """
+        from kvfx.page.data import Subject
+        from kvfx.page.write import save_page
+
+        return save_page(
+            path,
+            Subject(
+                type(self.source).__name__,
+                self.report.policy,
+                "compress",
+                self.trail,
+                self.raised,
+                self.graphs,
+                self.plan,
+                self.report,
+                trace=trace,
+            ),
+        )
+
+    def _repr_html_(self) -> str:
+        """The report, for notebooks."""
+        return self.report._repr_html_()
 
     def memory(self, batch: int = 1, length: int = 1, new: int = 0) -> int:
         """Bytes of the cache after a prompt of `length` tokens in each of `batch` rows and `new`
@@ -221,7 +269,9 @@ class CompressedModel(GenerationMixin, nn.Module):
                 f"cache_implementation={implementation!r} chooses one of transformers' caches: "
                 "a compressed model has its own, drop the argument"
             )
-        if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
+        # some configurations say that generation does without a cache: here one was asked for
+        kwargs.setdefault("use_cache", getattr(kwargs.get("generation_config"), "use_cache", True))
+        if kwargs.get("past_key_values") is None and kwargs["use_cache"]:
             kwargs["past_key_values"] = self.new_cache()
         return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -312,6 +362,10 @@ def read_positions(
     if position_ids is not None and state.columns == 0:
         first = real.int().argmax(1, keepdim=True)
         start = position_ids.expand(state.batch, rows).to(device).gather(1, first)
+        if state.plan.chunked and bool((start != 0).any()):
+            raise InputError(
+                "position_ids do not begin at 0, but this model counts chunks from its first token"
+            )
     positions = (start + real.long().cumsum(1) - 1).masked_fill(~real, -1)
     if position_ids is not None and (rows > 1 or device.type == "cpu"):
         given = position_ids.expand(state.batch, rows).to(device).masked_fill(~real, -1)

@@ -58,7 +58,7 @@ def _like_third(_: Tensor, __: Tensor, x: Tensor, **___: object) -> Tensor:
     return torch.empty_like(x)
 
 
-def _scores(q: Tensor, k: Tensor, live: Tensor, **_: object) -> Tensor:
+def _scores(q: Tensor, k: Tensor, live: Tensor, *_: object, **__: object) -> Tensor:
     return k.new_empty(k.shape[:3], dtype=torch.float32)
 
 
@@ -259,8 +259,14 @@ def _load_kivi(
 # what attention may do besides scaled products (`Rules` of the kernels, and operands per entry)
 RULES = "Tensor? position=None, Tensor? bias=None, Tensor? slopes=None, Tensor? sinks=None"
 RULE_ATTRIBUTES = "float softcap=0.0, int? window=None, int? chunk=None"
+# the same without operands per entry, where positions or a mask are operands of their own
+HEAD_RULES = "Tensor? slopes=None, Tensor? sinks=None"
+PROMPT_ATTRIBUTES = "int? window=None, int? chunk=None, float softcap=0.0"
+# a ring has its window beside them
+RING_ATTRIBUTES = "float softcap=0.0, int? chunk=None"
 DENSE = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) length"
 RING = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) position, Tensor(d!) length"
+LATENT = "Tensor(a!) latent, Tensor(b!) length"
 FLAT = "Tensor(a!) k_flat, Tensor(b!) v_flat, Tensor(c!) start, Tensor(d!) length"
 KIVI = (
     "Tensor(a!) k_codes, Tensor(b!) k_scales, Tensor(c!) k_zeros, Tensor(d!) v_codes, Tensor(e!) "
@@ -335,16 +341,15 @@ OPS: dict[str, Op] = {
     for op in (
         Op(
             "attention",
-            "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? position_ids, *, float scale, "
-            "int kv_repeat, "
-            "int? window=None) -> Tensor",
+            "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? position_ids, "
+            f"{HEAD_RULES}, *, float scale, int kv_repeat, {PROMPT_ATTRIBUTES}) -> Tensor",
             "kvfx.kernels.prompt.reference:attention",
             _like_query,
         ),
         Op(
             "attend_prompt",
-            "(Tensor q, Tensor k, Tensor v, Tensor position_ids, *, float scale, int? "
-            "window=None) -> Tensor",
+            f"(Tensor q, Tensor k, Tensor v, Tensor position_ids, {HEAD_RULES}, *, "
+            f"float scale, {PROMPT_ATTRIBUTES}) -> Tensor",
             "kvfx.kernels.prompt.reference:attend",
             _like_query,
         ),
@@ -440,14 +445,16 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "score_window",
-            "(Tensor q, Tensor k, Tensor live, *, float scale, int window) -> Tensor",
+            f"(Tensor q, Tensor k, Tensor live, Tensor? position=None, {HEAD_RULES}, *, "
+            "float scale, int window, float softcap=0.0) -> Tensor",
             "kvfx.kernels.scores.reference:window",
             _scores,
             triton="kvfx.kernels.scores.triton:window",
         ),
         Op(
             "score_columns",
-            "(Tensor q, Tensor k, Tensor live, *, float scale) -> Tensor",
+            f"(Tensor q, Tensor k, Tensor live, Tensor? position=None, {HEAD_RULES}, *, "
+            "float scale, float softcap=0.0) -> Tensor",
             "kvfx.kernels.scores.reference:columns",
             _scores,
             triton="kvfx.kernels.scores.triton:columns",
@@ -656,8 +663,8 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "attend_masked",
-            f"(Tensor q, Tensor k, Tensor v, Tensor mask, {_read(DENSE)}, *, "
-            "float scale) -> Tensor",
+            f"(Tensor q, Tensor k, Tensor v, Tensor mask, {_read(DENSE)}, Tensor? sinks=None, *, "
+            "float scale, float softcap=0.0) -> Tensor",
             "kvfx.kernels.masked.reference:attend",
             _like_query,
         ),
@@ -728,12 +735,25 @@ OPS: dict[str, Op] = {
             "kvfx.kernels.flat.reference:compact_entries",
             _nothing,
         ),
-        *_room("ring", RING, "int window", None),
-        *_room("kivi", KIVI, KIVI_ATTRIBUTES, _load_kivi),
+        Op(
+            "store_latent",
+            f"(Tensor rows, Tensor keep, {LATENT}) -> ()",
+            "kvfx.kernels.latent.reference:store",
+            _nothing,
+        ),
+        Op(
+            "append_latent",
+            f"(Tensor rows, Tensor keep, {LATENT}) -> ()",
+            "kvfx.kernels.latent.reference:append",
+            _nothing,
+            traced=True,
+        ),
+        *_room("ring", RING, "int window", None, (HEAD_RULES, RING_ATTRIBUTES)),
+        *_room("kivi", KIVI, KIVI_ATTRIBUTES, _load_kivi, (RULES, RULE_ATTRIBUTES)),
         Op(
             "attend_scored_kivi",
-            f"(Tensor q, Tensor position_ids, Tensor(z!) score, {_read(KIVI)}, *, float scale, "
-            f"{KIVI_ATTRIBUTES}, float decay=1.0) -> Tensor",
+            f"(Tensor q, Tensor position_ids, Tensor(z!) score, {_read(KIVI)}, {RULES}, *, "
+            f"float scale, {KIVI_ATTRIBUTES}, float decay=1.0, {RULE_ATTRIBUTES}) -> Tensor",
             "kvfx.kernels.kivi.reference:attend_scored",
             _attend_scored_kivi,
             traced=True,
@@ -768,15 +788,15 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "attend_rows",
-            "(Tensor q, Tensor position_ids, Tensor k_rows, Tensor v_rows, *, float scale, "
-            "int? window=None) -> Tensor",
+            f"(Tensor q, Tensor position_ids, Tensor k_rows, Tensor v_rows, {HEAD_RULES}, *, "
+            f"float scale, {PROMPT_ATTRIBUTES}) -> Tensor",
             "kvfx.kernels.reuse.reference:attend_rows",
             _attend_rows,
         ),
         Op(
             "column_attention",
-            "(Tensor q, Tensor k_rows, Tensor position_ids, *, float scale, int? window=None) "
-            "-> Tensor",
+            f"(Tensor q, Tensor k_rows, Tensor position_ids, {HEAD_RULES}, *, float scale, "
+            f"{PROMPT_ATTRIBUTES}) -> Tensor",
             "kvfx.kernels.reuse.reference:column_attention",
             _received,
         ),

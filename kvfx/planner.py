@@ -119,7 +119,7 @@ class Schedule:
 @dataclass(frozen=True)
 class SitePlan:
     """The choice for one site, one policy per role. `note` says why it differs from what was asked
-    for, where it does.
+    for, where it does. A site that `reads` another one's cache, by index, has no buffers.
     """
 
     site: Site
@@ -131,6 +131,7 @@ class SitePlan:
     refine: Refine | None = None
     merge: Merge | None = None
     note: str = ""
+    reads: int | None = None
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -148,11 +149,16 @@ class SitePlan:
     def numbers(self) -> dict[str, Buffer]:
         """What is kept beside each entry, by name."""
         names = dict.fromkeys(name for stage in self.stages for name in stage.numbers)
+        if self.site.slopes is not None and self.select is not None:
+            # what heads lose by distance needs positions once entries have moved
+            names["position"] = None
         return {name: self.store.number(self.site, NUMBERS[name]) for name in names}
 
     @property
     def buffers(self) -> dict[str, Buffer]:
         """All buffers of this site: those of its store, of its entries, and of its stages."""
+        if self.reads is not None:
+            return {}
         state = {name: buf for stage in self.stages for name, buf in stage.state(self.site).items()}
         return {**self.store.buffers(self.site), **self.numbers, **state}
 
@@ -160,7 +166,8 @@ class SitePlan:
     def schedule(self) -> Schedule:
         """When this site is compacted."""
         measured = self.allocate is not None or (self.select is not None and self.select.measured)
-        return Schedule(self.store, self.select, self.share, self.site.index if measured else None)
+        owner = self.site.index if self.reads is None else self.reads
+        return Schedule(self.store, self.select, self.share, owner if measured else None)
 
     @property
     def methods(self) -> str:
@@ -196,6 +203,11 @@ class Plan:
         return any(isinstance(site.site.mask, Unproven) for site in self.sites)
 
     @property
+    def chunked(self) -> bool:
+        """Whether any site sees its own block of positions only."""
+        return any(site.site.chunk is not None for site in self.sites)
+
+    @property
     def croppable(self) -> bool:
         """Whether the newest entries can be forgotten everywhere."""
         return all(site.store.croppable and site.select is None for site in self.sites)
@@ -221,11 +233,30 @@ def make_plan(
     plans = [_plan_site(policy, site, len(sites), strict) for site in sites]
     budgets = next((part for part in policy.parts() if isinstance(part, LayerBudgets)), None)
     if budgets is not None:
-        chosen = [index for index, plan in enumerate(plans) if plan.select is not None]
+        chosen = [
+            index
+            for index, plan in enumerate(plans)
+            if plan.select is not None and plan.site.reads is None
+        ]
         shares = budgets.shares_of([sites[index] for index in chosen], len(sites))
         for layer, index in enumerate(chosen):
             plans[index] = replace(plans[index], share=Share(shares, layer))
-    return Plan(policy, tuple(plans))
+    return Plan(policy, tuple(_reader(plan, plans) for plan in plans))
+
+
+def _reader(plan: SitePlan, plans: list[SitePlan]) -> SitePlan:
+    """The plan of a site, which is that of another one where it has the keys and values of that
+    one, and they stay where they are.
+    """
+    if plan.site.reads is None:
+        return plan
+    owner = plans[plan.site.reads]
+    if isinstance(owner.site.mask, Unproven) or (
+        owner.select is not None and owner.select.positions == "cache"
+    ):
+        return plan
+    note = f"reads the cache of {owner.site.name}"
+    return replace(owner, site=plan.site, reads=owner.site.index, note=note)
 
 
 def _plan_site(policy: Policy, site: Site, sites: int, strict: bool) -> SitePlan:
@@ -235,6 +266,9 @@ def _plan_site(policy: Policy, site: Site, sites: int, strict: bool) -> SitePlan
     if site.window is not None:
         note = f"the model sees {site.window} tokens: lossless ring"
         return SitePlan(site, WindowRing(site.window), note=note)
+    if site.chunk is not None:
+        note = f"the model sees chunks of {site.chunk} tokens: lossless ring"
+        return SitePlan(site, WindowRing(site.chunk), note=note)
     plan = _assign_roles(policy, policy.for_site(site, sites), site)
     reasons = [(part, part.constraint(site)) for part in (*plan.stages, plan.store)]
     reasons += [(policy, _conflict(plan))]
@@ -295,6 +329,8 @@ def _conflict(plan: SitePlan) -> str | None:
     select, store, merge = plan.select, plan.store, plan.merge
     if select is None:
         return None
+    if store.rebuilds:
+        return "heads share what K and V are computed from: none of it can be dropped for one head"
     ragged = plan.divide is not None or select.ragged
     if ragged and not store.ragged:
         return f"heads that keep different numbers of tokens need a dense cache, not {store!r}"

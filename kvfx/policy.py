@@ -112,6 +112,8 @@ class Store(Policy):
     entries; one that `compacts` closes gaps in place (`compact(keep, frequencies, *buffers)`),
     others are loaded and stored anew. In a `ragged` format the heads of a row share their memory
     and may hold different numbers of entries. A `biased` one adds the votes of entries to scores.
+    One that `rebuilds` holds rows of what K and V are computed from (`Site.latent`), in place of k
+    and v; it has no ops `attend`, `extend` and `load`. With `absorb`, decode attends to these rows.
     """
 
     role: ClassVar[str] = "store"
@@ -122,6 +124,8 @@ class Store(Policy):
     compacts: ClassVar[bool] = False
     ragged: ClassVar[bool] = False
     biased: ClassVar[bool] = False
+    rebuilds: ClassVar[bool] = False
+    absorb: bool = False
 
     @abstractmethod
     def buffers(self, site: Site) -> dict[str, Buffer]:

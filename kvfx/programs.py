@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
+from kvfx.absorb import absorbed
 from kvfx.emit import Emitter
+from kvfx.rebuild import latent_rows, rebuilt
 from kvfx.stages import (
     Chosen,
     Rows,
@@ -27,8 +30,7 @@ aten = torch.ops.aten
 
 def prefill(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
     """A prompt's attention; then what stays of its rows is stored."""
-    site, positions = emit.plan.site, emit.position_ids
-    out = emit.op("attend_prompt", q, k, v, positions, scale=site.scale, window=site.window)
+    out, positions = _attend_prompt(emit, q, k, v), emit.position_ids
     rows = Rows(k, v, emit.live(), q, {})
     if emit.plan.allocate is None:
         chosen = compress_rows(emit, rows)
@@ -73,18 +75,35 @@ def allocate_layers(emits: Sequence[Emitter]) -> None:
 
 
 def extend(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
-    """The attention of several rows over the cache and themselves; then they are stored."""
+    """The attention of several rows over the cache and themselves; then they are stored, where
+    other sites read them by `keep_rows`.
+    """
     live = emit.live()
     q, k = rotate_to_entries(emit, (q, k), live, emit.position_ids, emit.length)
     site = emit.plan.site
-    out = emit.room("extend", q, k, v, emit.position_ids, scale=site.scale, **_bias(emit))
+    out = _attend(emit, "extend", q, k, v, emit.position_ids)
     if "score" in emit.plan.numbers:
         emit.write("extend", "score", _turn_scores(emit, q, k, v, live), live)
     if "position" in emit.plan.numbers:
         place = emit.op("position_rows", emit.position_ids, kv_heads=site.kv_heads)
         emit.write("store", "position", place, live)
-    emit.room("store", k, v, emit.rows(live))
+    if not emit.shared:
+        _write(emit, "store", k, v, live)
     return out
+
+
+def keep_rows(emit: Emitter, k: fx.Node, v: fx.Node) -> None:
+    """Store the rows of a turn, now that all sites that read them have attended."""
+    _write(emit, "store", k, v, emit.live())
+
+
+def read(emit: Emitter, program: str, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
+    """The attention of a site whose keys and values another site has stored."""
+    if program == "prefill":
+        return _attend_prompt(emit, q, k, v)
+    if program == "extend":
+        return _attend(emit, "extend", q, k, v, emit.position_ids)
+    return _attend(emit, "attend", q, emit.position_ids)
 
 
 def decode(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
@@ -94,9 +113,9 @@ def decode(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
     if "position" in emit.plan.numbers:
         place = emit.op("position_rows", emit.position_ids, kv_heads=site.kv_heads)
         emit.write("append", "position", place, live)
-    emit.room("append", k, v, emit.rows(live))
+    _write(emit, "append", k, v, live)
     if attention is None:
-        return emit.room("attend", q, emit.position_ids, scale=site.scale, **_bias(emit))
+        return _attend(emit, "attend", q, emit.position_ids)
     score, decay = emit.inputs["score"], attention.decay
     return emit.room(
         "attend_scored",
@@ -105,14 +124,14 @@ def decode(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
         score,
         scale=site.scale,
         decay=decay,
-        **_bias(emit),
+        **_rules(emit),
     )
 
 
 def masked(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node) -> fx.Node:
     """Attention under the model's own mask; then the rows are stored."""
     scale = emit.plan.site.scale
-    out = emit.op("attend_masked", q, k, v, mask, *emit.buffers, scale=scale)
+    out = emit.op("attend_masked", q, k, v, mask, *emit.buffers, scale=scale, **emit.rules())
     emit.room("store", k, v, emit.live())
     return out
 
@@ -182,7 +201,14 @@ def _turn_scores(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node, live: fx.Nod
         emit.call(aten.cat.default, [emit.item(loaded, index), new], 2)
         for index, new in enumerate((k, v, live))
     ]
-    score = attention_of(emit, Rows(every[0], every[1], every[2], q, {}))
+    numbers = {}
+    if "slopes" in emit.rules():
+        known = [
+            _number(emit, "position", in_place=True),
+            emit.op("position_rows", emit.position_ids, kv_heads=emit.plan.site.kv_heads),
+        ]
+        numbers["position"] = emit.call(aten.cat.default, known, 2)
+    score = attention_of(emit, Rows(every[0], every[1], every[2], q, numbers))
     assert score is not None
     return score
 
@@ -193,13 +219,42 @@ def _store(
     """Write chosen rows and what is known about them."""
     for name, number in numbers.items():
         emit.write("store", name, number, keep)
-    emit.room("store", k, v, emit.rows(keep))
+    _write(emit, "store", k, v, keep)
 
 
-def _bias(emit: Emitter) -> dict[str, fx.Node]:
-    """What is added to scores: the log of the tokens that an entry stands for."""
-    merge = emit.plan.merge
-    return {"bias": emit.inputs["votes"]} if merge is not None and merge.votes else {}
+def _write(emit: Emitter, verb: str, k: fx.Node, v: fx.Node, keep: fx.Node) -> None:
+    """Store or append rows: k and v, or what they are computed from."""
+    rows = (latent_rows(emit),) if emit.plan.store.rebuilds else (k, v)
+    emit.room(verb, *rows, emit.rows(keep))
+
+
+def _attend_prompt(emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
+    """The attention of a prompt over itself."""
+    site = emit.plan.site
+    sees = {"window": site.window, **emit.rules()}
+    return emit.op("attend_prompt", q, k, v, emit.position_ids, scale=site.scale, **sees)
+
+
+def _attend(emit: Emitter, verb: str, *rows: fx.Node) -> fx.Node:
+    """The attention of rows over the cache, whose K and V may have to be computed again."""
+    scale, rules = emit.plan.site.scale, _rules(emit)
+    if not emit.plan.store.rebuilds:
+        return emit.room(verb, *rows, scale=scale, **rules)
+    if emit.plan.store.absorb and verb == "attend":
+        return absorbed(emit, rows[0], rules)
+    return emit.op(f"{verb}_dense", *rows, *rebuilt(emit), emit.length, scale=scale, **rules)
+
+
+def _rules(emit: Emitter) -> dict[str, Argument]:
+    """What attention over entries does besides scaled products: the model's rules, where it needs
+    them the entries' positions, and the log of the tokens that an entry stands for.
+    """
+    merge, rules = emit.plan.merge, emit.rules()
+    if emit.plan.site.slopes is not None and "position" in emit.plan.numbers:
+        rules["position"] = emit.inputs["position"]
+    if merge is not None and merge.votes:
+        rules["bias"] = emit.inputs["votes"]
+    return rules
 
 
 PROGRAMS: dict[str, Callable[[Emitter, fx.Node, fx.Node, fx.Node], fx.Node]] = {

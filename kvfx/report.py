@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from html import escape
 from typing import TYPE_CHECKING
 
 from kvfx.graph import Graph
@@ -117,6 +118,19 @@ class Report:
         for row in self._rows():
             table.add_row(*row)
         return table
+
+    def _repr_html_(self) -> str:
+        """The same table for a notebook."""
+        heads = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self._rows()
+        )
+        below = "<br>".join(map(escape, self.remarks()))
+        return (
+            f"<p><b>{escape(self.headline())}</b></p><table><thead><tr>{heads}</tr></thead>"
+            f"<tbody>{rows}</tbody></table><p>{below}</p>"
+        )
 
     def headline(self) -> str:
         """One line about the whole: policy, sites, programs, backend, proof, time."""
@@ -254,14 +268,16 @@ def _site(plan: SitePlan, ops: dict[str, tuple[str, ...]]) -> SiteReport:
     parts = [part for part in parts if part != Full()] or parts
     return SiteReport(
         name=site.name,
-        mask=str(site.mask),
+        mask=site.sees,
         rope="" if site.rope is None else str(site.rope),
         heads=site.heads,
         kv_heads=site.kv_heads,
         head_dim=site.head_dim,
         policy=" | ".join(map(short_policy, parts)),
         ops=ops,
-        before=site.kv_heads * (site.head_dim + site.value_dim) * site.dtype.itemsize,
+        before=0
+        if site.reads is not None
+        else site.kv_heads * (site.head_dim + site.value_dim) * site.dtype.itemsize,
         after=site_bytes(plan, 1, LENGTH) / LENGTH,
         entries=_entries(plan),
         note=plan.note,

@@ -116,7 +116,7 @@ class State:
 
     def _read_back(self) -> None:
         for plan, buffers in zip(self.plan.sites, self.buffers, strict=True):
-            if plan.schedule.measured:
+            if plan.schedule.measured and buffers:
                 # heads share their memory: what counts is their mean
                 held = buffers["length"].double().mean(1).ceil().long().tolist()
                 self.entries[plan.schedule] = self.measured[plan.schedule] = held
@@ -147,7 +147,7 @@ class State:
         }
         self.next_position -= dropped
         self.history = self.history[:, :length]
-        for buffers in self.buffers:
+        for buffers in filter(None, self.buffers):
             buffers["length"] -= dropped
 
     def take_rows(self, rows: Tensor) -> None:

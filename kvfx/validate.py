@@ -5,6 +5,7 @@ nothing is returned.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +24,8 @@ from kvfx.runtime import Executor, State
 PIECES = (("prefill", 15), ("extend", 8), ("decode", 1))
 ROWS = sum(rows for _, rows in PIECES)
 BATCH = 2
+# rows of padding before the second prompt
+PADDED = 4
 
 
 def validate(captured: Graph, raised: Graph) -> None:
@@ -30,8 +33,8 @@ def validate(captured: Graph, raised: Graph) -> None:
     equal the capture.
 
     Random tokens go through the capture in one pass, and through prefill, extend and decode in
-    three pieces. What each attention returns, and the logits, may differ by rounding: by the square
-    root of the dtype's epsilon, relative to the largest value.
+    three pieces, the second row behind padding. What each attention returns, and the logits, may
+    differ by rounding: by the square root of the dtype's epsilon, relative to the largest value.
     """
     plan = make_plan(Full(), raised.sites)
     target = Target("reference", inductor_cpu=False)
@@ -44,29 +47,58 @@ def validate(captured: Graph, raised: Graph) -> None:
     model = _Recorder(
         captured.module, {node: site for site, node in attention_roots(captured).items()}
     )
-    input_ids, positions = _tokens(captured)
+    # where the model's own mask is asked for, nothing may be padded
+    padded = 0 if plan.masked else PADDED
+    given, (input_ids, positions) = _tokens(captured), _padded(_tokens(captured), padded)
     every = torch.arange(ROWS, device=input_ids.device)
     with torch.no_grad():
-        expected = model(input_ids, positions, every)[0]
+        expected = _Expected(model(*given, every)[0], padded)
         state, executor, start = State(plan, BATCH, None), Executor(programs), 0
         for name, rows in PIECES:
             here = slice(start, start + rows)
             if name == "decode":
                 logits = executor.decode(state, input_ids[:, here])
             else:
-                tokens = [rows] * BATCH
+                tokens = [rows, rows - padded] if start == 0 else [rows] * BATCH
                 logits = executor.prompt(
                     state, input_ids[:, here], positions[:, here], every[:rows], tokens
                 )
             for site in plan.sites:
-                found = programs[name].outputs[site.site.name]
-                _compare(
-                    found,
-                    model.outputs[site.site.name][:, :, here],
-                    f"{site.site.name}: the {name} program",
-                )
-            _compare(logits, expected[:, here], f"the logits of the {name} program")
+                known = _Expected(_rows_first(model.outputs[site.site.name]), padded)
+                found = _rows_first(programs[name].outputs[site.site.name])
+                known.compare(found, here, f"{site.site.name}: the {name} program")
+            expected.compare(logits, here, f"the logits of the {name} program")
             start += rows
+
+
+def _padded(given: tuple[Tensor, Tensor], padding: int) -> tuple[Tensor, Tensor]:
+    """The same tokens and positions, where the second row begins `padding` rows later."""
+    ids, positions = (each.clone() for each in given)
+    ids[1, padding:] = given[0][1, : ROWS - padding]
+    positions[1] -= padding
+    return ids, positions.clamp(min=-1)
+
+
+def _rows_first(out: Tensor) -> Tensor:
+    """What an attention returned, [B, S, ...], where batch and heads may have been one axis."""
+    return (out if out.dim() == 4 else out.unflatten(0, (BATCH, -1))).transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class _Expected:
+    """What the model computed for all rows [2, S, ...], the second of which is read `padded` rows
+    late.
+    """
+
+    out: Tensor
+    padded: int
+
+    def compare(self, found: Tensor, here: slice, what: str) -> None:
+        """Raise a VerificationError unless the rows `here` are found."""
+        first = max(self.padded - here.start, 0)
+        late = slice(here.start + first - self.padded, here.stop - self.padded)
+        _compare(found[0], self.out[0, here], what)
+        _compare(found[1, first:], self.out[1, late], f"{what} in a padded row")
 
 
 class _Recorder(fx.Interpreter):

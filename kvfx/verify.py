@@ -136,11 +136,13 @@ def _verify_masks(graph: Graph, after: str) -> None:
 
 
 def _verify_buffers(graph: Graph, after: str) -> None:
-    """No buffer is used by two sites."""
+    """No buffer is used by two sites, unless one has the keys and values of the other."""
+    owners = {x.name: x.name if x.reads is None else graph.sites[x.reads].name for x in graph.sites}
     for node in graph.nodes:
         if node.op != "placeholder" or not str(node.target).startswith("site_"):
             continue
-        users = {mark.site for user in node.users if (mark := origin(user)) is not None}
+        marks = [mark for user in node.users if (mark := origin(user)) is not None]
+        users = {owners.get(mark.site, mark.site) for mark in marks}
         if len(users) > 1:
             raise VerificationError(
                 f"after {after}: buffer {node.target} is shared by {', '.join(sorted(users))}"

@@ -149,6 +149,7 @@ NO_OPS: dict[object, Callable[[fx.Node, fx.Node], bool]] = {
     aten.dropout.default: _is_dead_dropout,
     aten.detach.default: _always,
     aten.detach_.default: _always,
+    aten.type_as.default: _keeps_type,
     aten.alias.default: _always,
     aten.lift_fresh_copy.default: _always,
     aten.contiguous.default: _always,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import fx
@@ -12,7 +12,7 @@ from kvfx.emit import Emitter, add_buffer_inputs, add_tokens_input
 from kvfx.graph import Graph, Level, call, operand, replace
 from kvfx.pass_manager import Pass, Statistics
 from kvfx.planner import Plan
-from kvfx.programs import PROGRAMS, allocate_layers, compact, masked
+from kvfx.programs import PROGRAMS, allocate_layers, compact, keep_rows, masked, read
 from kvfx.provenance import Stamp, origin
 
 aten = torch.ops.aten
@@ -48,22 +48,38 @@ class InsertCache(Pass):
         selects = self.plan.selects and self.program in ("prefill", "compact")
         tokens = add_tokens_input(graph) if selects else None
         attentions, known, online = _attentions(graph), {}, []
-        for site in self.plan.sites:
-            inputs = add_buffer_inputs(graph, site, known)
-            emit = Emitter(graph, site, inputs, tokens, self.name)
-            stats.hit(f"{self.program} {site.store.room}")
+        last = {site.reads: site for site in self.plan.sites if site.reads is not None}
+        inputs: list[dict[str, fx.Node]] = []
+        for index, site in enumerate(self.plan.sites):
+            own = site.reads is None
+            inputs.append(
+                add_buffer_inputs(graph, site, known) if own else inputs[cast(int, site.reads)]
+            )
+            attention = attentions.get(site.site.name)
+            emit = Emitter(
+                graph, site, inputs[index], tokens, self.name, attention, shared=index in last
+            )
+            stats.hit(f"{self.program} {site.store.room}" if own else f"{self.program} read")
             if self.program == "compact":
                 with graph.module.graph.inserting_before(_output(graph)):
-                    compact(emit)
+                    _ = compact(emit) if own else None
                 continue
-            attention = attentions[site.site.name]
+            assert attention is not None
+            q, k, v = (operand(attention, i) for i in range(3))
             with graph.module.graph.inserting_before(attention):
-                if attention.args[3] is None:
-                    out = PROGRAMS[self.program](emit, *(operand(attention, i) for i in range(3)))
+                if attention.args[3] is not None:
+                    out = masked(emit, q, k, v, operand(attention, 3))
+                elif own:
+                    out = PROGRAMS[self.program](emit, q, k, v)
                 else:
-                    out = masked(emit, *(operand(attention, i) for i in range(4)))
+                    out = read(emit, self.program, q, k, v)
+            if emit.shared and self.program == "extend":
+                # the last site that reads these rows has to see them beside the cache, not in it
+                reader = attentions[last[index].site.name]
+                with graph.module.graph.inserting_before(reader.next):
+                    keep_rows(emit, k, v)
             replace(attention, out)
-            if self.program == "prefill" and site.allocate is not None:
+            if self.program == "prefill" and site.allocate is not None and own:
                 online.append(emit)
         if online:
             with graph.module.graph.inserting_before(_output(graph)):

@@ -74,10 +74,10 @@ class InsertReuse(Pass):
         choice = _choice_inputs(graph) if self.check is not None else ()
         attentions = graph.calls(overload("attention"))
         watched, measured = [], []
-        for rows, attention in zip(_live_rows(graph), attentions, strict=True):
-            q, k, v = (operand(attention, index) for index in range(3))
+        for rows in _live_rows(graph, attentions):
+            q, k, v = (operand(rows.attention, index) for index in range(3))
             check = self.check if self.check and self.check.site == rows.site.index else None
-            with graph.module.graph.inserting_before(attention):
+            with graph.module.graph.inserting_before(rows.attention):
                 if check is None:
                     rows.scatter(k, v, positions)
                 else:
@@ -87,7 +87,7 @@ class InsertReuse(Pass):
                 out = rows.attend(q, positions)
                 if self.watch == rows.site.index:
                     watched.append(rows.newest(q, positions))
-            replace(attention, out)
+            replace(rows.attention, out)
             if check is not None:
                 Narrowing(graph, shown, measured[1], positions, rows.mark).behind(out)
             stats.hit(graph.program)
@@ -110,6 +110,7 @@ class _LiveRows:
 
     graph: Graph
     site: Site
+    attention: fx.Node
     k_rows: fx.Node
     v_rows: fx.Node
 
@@ -125,7 +126,7 @@ class _LiveRows:
 
     @property
     def sees(self) -> dict[str, Argument]:
-        return {"scale": self.site.scale, "window": self.site.window}
+        return {name: x for name, x in self.attention.kwargs.items() if name != "kv_repeat"}
 
     def attend(self, q: fx.Node, positions: fx.Node) -> fx.Node:
         return self.op("attend_rows", q, positions, self.k_rows, self.v_rows, **self.sees)
@@ -179,13 +180,13 @@ def _choice_inputs(graph: Graph) -> tuple[fx.Node, ...]:
     return tuple(add_input(graph, name, value) for name, value in values.items())
 
 
-def _live_rows(graph: Graph) -> list[_LiveRows]:
+def _live_rows(graph: Graph, attentions: list[fx.Node]) -> list[_LiveRows]:
     """The inputs that hold the live rows of every site: one per position, whatever the window."""
     positions = graph.input("position_ids").meta["val"]
     mode = fake_mode(positions)
     assert mode is not None
     batch, count, live = positions.shape[0], new_size(mode, "rows", HINT), []
-    for site in graph.sites:
+    for site, attention in zip(graph.sites, attentions, strict=True):
         with mode:
             k, v = (
                 torch.empty(
@@ -195,5 +196,5 @@ def _live_rows(graph: Graph) -> list[_LiveRows]:
             )
         names = (f"site_{site.index}_{name}" for name in ("k_rows", "v_rows"))
         inputs = (add_input(graph, name, x) for name, x in zip(names, (k, v), strict=True))
-        live.append(_LiveRows(graph, site, *inputs))
+        live.append(_LiveRows(graph, site, attention, *inputs))
     return live

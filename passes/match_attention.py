@@ -7,15 +7,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from kvfx.errors import CaptureError
 from kvfx.graph import Graph, Level, Miss, call, operand, replace, site_path
 from kvfx.pass_manager import Pass, Statistics
-from kvfx.passes.softmax_root import match_softmax, softmax_roots
+from kvfx.passes.softmax_root import WrittenOut, softmax_roots, stray_softmaxes
+from kvfx.passes.written_operands import written_operands
 from kvfx.provenance import Stamp
 
 aten = torch.ops.aten
@@ -32,7 +35,7 @@ SDPA_DEFAULTS = {
 @dataclass(frozen=True)
 class AttentionOperands:
     """What `kvfx.attention` takes: K and V at their own heads, before they are repeated for grouped
-    queries.
+    queries. Where `flat`, the model goes on with batch and heads as one axis.
     """
 
     q: fx.Node
@@ -41,6 +44,14 @@ class AttentionOperands:
     mask: fx.Node | None
     scale: float
     kv_repeat: int
+    sinks: fx.Node | None = None
+    softcap: float = 0.0
+    flat: bool = False
+
+    def rules(self) -> dict[str, Argument]:
+        """What attention does besides scaled products, as arguments of `kvfx.attention`."""
+        found = {"softcap": self.softcap or None, "sinks": self.sinks}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,10 @@ class MatchAttention(Pass):
         site.
         """
         roots, written_out = attention_roots(graph), softmax_roots(graph)
-        if not roots:
+        for site, stray in stray_softmaxes(graph).items():
+            stats.miss(stray)
+            graph.missed[site] = stray
+        if not roots and not graph.missed:
             raise CaptureError(
                 "no attention was found in the captured graph: kvfx raises "
                 "scaled_dot_product_attention, and products around a softmax; this model computes "
@@ -86,7 +100,11 @@ class MatchAttention(Pass):
                     Stamp(site, rule, self.name),
                     scale=found.scale,
                     kv_repeat=found.kv_repeat,
+                    **found.rules(),
                 )
+                if found.flat:
+                    mark = Stamp(site, rule, self.name)
+                    raised = call(graph, aten.flatten.using_ints, (raised, 0, 1), mark)
             replace(root, raised)
             stats.hit(rule)
 
@@ -122,21 +140,15 @@ def match_sdpa(root: fx.Node) -> AttentionOperands | Miss:
     return _grouped(q, k, v, mask, float(scale), gqa=args["enable_gqa"])
 
 
-def match_written_out(graph: Graph, root: fx.Node, softmax: fx.Node) -> AttentionOperands | Miss:
+def match_written_out(graph: Graph, root: fx.Node, written: WrittenOut) -> AttentionOperands | Miss:
     """The same of an attention that is written out, whose mask has to be there."""
-    found = match_softmax(graph, root, softmax)
+    read = written_operands(graph, root, written)
+    if isinstance(read, Miss):
+        return read
+    found = _grouped(read.q, read.k, read.v, read.mask, read.scale, gqa=False)
     if isinstance(found, Miss):
         return found
-    if found.mask is None:
-        return Miss("attention is bidirectional: nothing is added to its scores")
-    if any(len(node.meta["val"].shape) != 4 for node in (found.q, found.k, found.v)):
-        return Miss("batch and heads are one axis: kvfx reads [B, H, S, D]")
-    mask = found.mask
-    if found.mask_scale != 1.0:
-        with graph.module.graph.inserting_before(root):
-            mark = Stamp(site_path(root), "softmax", MatchAttention.name)
-            mask = call(graph, aten.mul.Tensor, (mask, found.mask_scale), mark)
-    return _grouped(found.q, found.k, found.v, mask, found.scale, gqa=False)
+    return replace_fields(found, sinks=read.sinks, softcap=read.softcap, flat=read.flat)
 
 
 def _grouped(
@@ -148,7 +160,8 @@ def _grouped(
     if k_repeat != v_repeat:
         return Miss(f"K and V are repeated differently ({k_repeat} and {v_repeat} times)")
     heads, kv_heads = q.meta["val"].shape[1], k.meta["val"].shape[1]
-    if k_repeat == 1 and gqa:
+    if k_repeat == 1 and (gqa or kv_heads == 1):
+        # one KV head is broadcast to all query heads
         k_repeat = heads // kv_heads
     if heads != kv_heads * k_repeat:
         return Miss(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx
 
-from kvfx.geometry import Causal, Rope, Site, Unproven, Window
-from kvfx.graph import Graph, Level, Miss, ancestors, dependents, extract, operand
+from kvfx.constants import tensor_of
+from kvfx.geometry import Causal, Chunk, Rope, Site, Unproven, Window
+from kvfx.graph import Graph, Level, Miss, ancestors, dependents, operand
 from kvfx.pass_manager import Pass, Statistics
 from kvfx.provenance import origin
-from kvfx.rotation import fit_rotation
+from kvfx.rotation import prove_rotation, rows_axis
 
 aten = torch.ops.aten
 # fmt: off
@@ -23,6 +24,8 @@ ARITHMETIC = {
     aten.select.int, aten.to.dtype, aten._to_copy.default,
     aten.view.default, aten.reshape.default, aten.transpose.int,
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
+    aten.permute.default, aten.type_as.default,
+    aten.view_as_complex.default, aten.view_as_real.default,
 }
 # fmt: on
 
@@ -49,12 +52,15 @@ class MatchRope(Pass):
         by_tokens = dependents(graph, [graph.input("input_ids")])
         by_positions = dependents(graph, [position_ids]) - by_tokens
         known: dict[tuple[object, ...], Rope | Miss] = {}
+        owners: dict[tuple[object, ...], int] = {}
         sites = []
         for index, node in enumerate(graph.calls(torch.ops.kvfx.attention.default)):
             mark = origin(node)
             assert mark is not None
             if mark.site in graph.missed:
-                sites.append(_site(index, mark.site, node, None, graph.missed[mark.site].reason))
+                sites.append(
+                    _site(graph, index, mark.site, node, None, graph.missed[mark.site].reason)
+                )
                 continue
             rope = _same_rope(graph, node, by_positions, by_tokens, known)
             if isinstance(rope, Miss):
@@ -62,14 +68,20 @@ class MatchRope(Pass):
                 rope = None
             else:
                 stats.hit(f"rope {rope}")
-            sites.append(_site(index, mark.site, node, rope, ""))
+            site = _site(graph, index, mark.site, node, rope, "")
+            # layers that compute no keys and values of their own take those of an earlier one
+            owner = owners.setdefault((node.args[1], node.args[2], site.mask), index)
+            sites.append(replace(site, reads=None if owner == index else owner))
         graph.sites = tuple(sites)
 
 
-def _site(index: int, name: str, node: fx.Node, rope: Rope | None, missed: str) -> Site:
+def _site(
+    graph: Graph, index: int, name: str, node: fx.Node, rope: Rope | None, missed: str
+) -> Site:
     q, k, v = (operand(node, index).meta["val"] for index in range(3))
-    scale, window = cast(float, node.kwargs["scale"]), cast("int | None", node.kwargs.get("window"))
-    mask = Unproven(missed) if missed else Causal() if window is None else Window(window)
+    slopes = node.kwargs.get("slopes")
+    sizes = ((Window, node.kwargs.get("window")), (Chunk, node.kwargs.get("chunk")))
+    seen = (family(cast(int, size)) for family, size in sizes if size is not None)
     return Site(
         index=index,
         name=name,
@@ -77,11 +89,14 @@ def _site(index: int, name: str, node: fx.Node, rope: Rope | None, missed: str) 
         kv_heads=int(k.shape[1]),
         head_dim=int(k.shape[3]),
         value_dim=int(v.shape[3]),
-        scale=scale,
-        mask=mask,
+        scale=cast(float, node.kwargs["scale"]),
+        mask=Unproven(missed) if missed else next(seen, Causal()),
         rope=rope,
         dtype=k.dtype,
         device=k.device,
+        softcap=cast(float, node.kwargs.get("softcap", 0.0)),
+        slopes=tuple(tensor_of(graph, slopes).tolist()) if isinstance(slopes, fx.Node) else None,
+        sinks="sinks" in node.kwargs,
     )
 
 
@@ -100,7 +115,7 @@ def _same_rope(
             return pre
         key = _structure(rotated, pre, by_tokens)
         if key not in known:
-            known[key] = _prove(graph, rotated, pre)
+            known[key] = prove_rotation(graph, rotated, pre)
         found.append(known[key])
     query, key = found
     if isinstance(query, Rope) and isinstance(key, Rope) and query != key:
@@ -111,12 +126,12 @@ def _same_rope(
 def peel_rotation(
     node: fx.Node, by_positions: set[fx.Node], by_tokens: set[fx.Node]
 ) -> fx.Node | Miss:
-    """The nearest single tensor [B, K, S, D] that `node` is computed from by arithmetic with
-    tensors of positions alone.
+    """The nearest single tensor [B, K, S, D], or [B, S, K, D], that `node` is computed from by
+    arithmetic with tensors of positions alone.
     """
     order = {other: index for index, other in enumerate(node.graph.nodes)}
     frontier, mixed = {node}, False
-    while not (mixed and len(frontier) == 1):
+    while not (mixed and len(frontier) == 1 and _is_tensor(*frontier)):
         latest = max(frontier, key=order.__getitem__)
         if latest.target not in ARITHMETIC and getattr(latest.target, "__name__", "") != "getitem":
             return Miss("no rotation by position between the projections and the attention")
@@ -132,14 +147,17 @@ def peel_rotation(
     )
 
 
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], Tensor)
+
+
 def _structure(node: fx.Node, pre: fx.Node, by_tokens: set[fx.Node]) -> tuple[object, ...]:
     """What decides the rotation from `pre` to `node`: its ops, and the very nodes that carry
     positions.
     """
     inside = ancestors([node], stop=[pre])
-    rows: list[object] = [
-        int(size) for size in pre.meta["val"].shape[1:2] + pre.meta["val"].shape[3:]
-    ]
+    rows: list[object] = [rows_axis(pre), int(pre.meta["val"].shape[3 - rows_axis(pre)])]
+    rows.append(int(pre.meta["val"].shape[3]))
     local = {pre: "pre"}
     for other in node.graph.nodes:
         if other in inside and other in by_tokens and other is not pre:
@@ -154,35 +172,3 @@ def _position_name(node: fx.Node) -> str:
     while node.target is aten.unsqueeze.default:
         node = operand(node, 0)
     return node.name
-
-
-def _prove(graph: Graph, node: fx.Node, pre: fx.Node) -> Rope | Miss:
-    """Run the path from `pre` to `node` on unit vectors and fit a rotation to what comes out."""
-    probe = extract(
-        graph.module, [node], [pre, graph.input("position_ids"), graph.input("input_ids")]
-    )
-    for other in probe.graph.nodes:
-        if other.target in (aten.to.dtype, aten._to_copy.default) and _is_low_precision(other):
-            other.replace_all_uses_with(other.args[0])
-    probe.recompile()
-    kv_heads, width, device = (
-        pre.meta["val"].shape[1],
-        pre.meta["val"].shape[3],
-        pre.meta["val"].device,
-    )
-    unit = torch.eye(width, device=device).expand(1, int(kv_heads), width, width)
-
-    def matrix(position: int) -> Tensor:
-        positions = torch.full((1, width), position, device=device)
-        return probe(unit, positions, positions)[0][0, 0].double().cpu()
-
-    with torch.no_grad():
-        try:
-            return fit_rotation(matrix)
-        except RuntimeError:
-            return Miss("the key's path cannot be run on its own")
-
-
-def _is_low_precision(node: fx.Node) -> bool:
-    value = node.meta["val"]
-    return value.dtype.is_floating_point and value.dtype.itemsize < 4

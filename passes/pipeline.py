@@ -9,8 +9,11 @@ from kvfx.passes.canonicalize import Canonicalize
 from kvfx.passes.history_masks import HistoryMasks
 from kvfx.passes.insert_cache import InsertCache
 from kvfx.passes.insert_reuse import Check, InsertReuse
+from kvfx.passes.join_writes import JoinWrites
 from kvfx.passes.match_attention import MatchAttention
+from kvfx.passes.match_latents import MatchLatents
 from kvfx.passes.match_masks import MatchMasks
+from kvfx.passes.match_positions import MatchPositions
 from kvfx.passes.match_rope import MatchRope
 from kvfx.passes.outline_layers import OutlineLayers
 from kvfx.passes.select_backend import SelectBackend
@@ -37,12 +40,18 @@ def raise_passes() -> tuple[Pass, ...]:
         # export leaves assertions, wrappers and no-ops behind: they hide patterns and keep dead
         # code alive
         Canonicalize(),
+        # a tensor that is filled in place hides what it is computed from
+        JoinWrites(),
+        # rows behind a cache do not begin at position zero, as a count of the input would have it
+        MatchPositions(),
         # one op per attention, with K and V before they are repeated for grouped queries
         MatchAttention(),
         # masks become facts about positions, so that no mask has to be built for a cache
         MatchMasks(),
         # the rotary embedding of each site, for formats that move keys to other positions
         MatchRope(),
+        # what K and V are computed from, for formats that keep that instead
+        MatchLatents(),
     )
 
 

@@ -1,132 +1,116 @@
-"""Attention written out as products around a softmax: where it begins and ends, and peelers that
-read its operands.
-"""
+"""Attention written out as products around a softmax: where it begins, ends, and and its sinks."""
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import fx
 
-from kvfx.graph import Graph, Miss, operand
+from kvfx.graph import Graph, Miss, operand, site_path
+from kvfx.passes.peel_scores import CASTS, PRODUCTS, RESHAPES
 
 aten = torch.ops.aten
-PRODUCTS = (aten.matmul.default,)
-CASTS = (aten.to.dtype, aten._to_copy.default)
-# what may stand between weights and the product with values, in a graph that was just captured
-PASSED = (
+UNCHANGED = (
     *CASTS,
     aten.to.dtype_layout,
-    aten.dropout.default,
     aten.detach.default,
     aten.alias.default,
     aten.contiguous.default,
 )
-SUMS = (aten.add.Tensor, aten.add_.Tensor)
-# the last two axes, as a permutation and as pairs
-SWAPPED = [0, 1, 3, 2]
-LAST_TWO = ({-1, -2}, {2, 3})
+# what may stand between weights and the product with values, in a graph that was just captured
+PASSED = (*UNCHANGED, *RESHAPES, aten.dropout.default, aten.slice.Tensor)
+# the weight of a sink's rest, from the product back to the scores
+GATE = (
+    aten.unsqueeze.default,
+    aten.sigmoid.default,
+    aten.sub.Tensor,
+    aten.logsumexp.default,
+)
 
 
 @dataclass(frozen=True)
 class WrittenOut:
-    """What stands around a softmax: queries, keys and values [B, H, S, D], what is added to scores
-    before it, and the factors of the products and of that mask.
+    """One attention: its softmax, the product of weights and values, and the logits [H] of a gate
+    behind it, if there is one.
     """
 
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    mask: fx.Node | None
-    scale: float
-    mask_scale: float
+    softmax: fx.Node
+    product: fx.Node
+    sinks: fx.Node | None
 
 
-def softmax_roots(graph: Graph) -> dict[fx.Node, fx.Node]:
-    """The product with the values behind each softmax over keys, and that softmax."""
+def softmax_roots(graph: Graph) -> dict[fx.Node, WrittenOut]:
+    """The attentions that are written out, by the node that returns what they compute."""
     roots = {}
-    for node in graph.calls(aten.softmax.int):
-        weights = node
-        while len(used := _users(weights)) == 1 and used[0].target in PASSED:
-            weights = used[0]
-        for user in weights.users:
-            if user.target in PRODUCTS and user.args[0] is weights:
-                roots[user] = node
+    for softmax in graph.calls(aten.softmax.int):
+        product = _product_behind(softmax)
+        if isinstance(product, fx.Node):
+            root, sinks = _sink_gate(product, softmax) or (product, None)
+            roots[root] = WrittenOut(softmax, product, sinks)
     return roots
 
 
-def _users(node: fx.Node) -> list[fx.Node]:
+def stray_softmaxes(graph: Graph) -> dict[str, Miss]:
+    """The softmaxes over tokens that no product with values follows, by the path of their module:
+    attention that is not understood, and that must not be overlooked.
+    """
+    stray = {}
+    for node in graph.calls(aten.softmax.int):
+        found = _product_behind(node)
+        if isinstance(found, Miss) and _is_over_tokens(graph, node):
+            stray[site_path(node)] = Miss(found.reason, site_path(node))
+    return stray
+
+
+def _product_behind(softmax: fx.Node) -> fx.Node | Miss:
+    """The product that takes the weights of a softmax to the values."""
+    weights = softmax
+    while len(used := users_of(weights)) == 1 and used[0].target in PASSED:
+        weights = used[0]
+        if weights.target is aten.dropout.default and weights.args[1] != 0.0 and weights.args[2]:
+            return Miss(f"dropout is live (p={weights.args[1]}): put the model into eval mode")
+    if len(used) != 1:
+        return Miss("the weights of attention are used elsewhere too")
+    if used[0].target not in PRODUCTS or used[0].args[0] is not weights:
+        return Miss(f"{used[0].target} takes the weights, not a product with values")
+    return used[0]
+
+
+def _sink_gate(product: fx.Node, softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The end of an attention whose sinks are a gate behind it, and the sinks [H]: `product *
+    sigmoid(logsumexp(scores) - sinks)` is what a softmax with one more logit per head gives.
+    """
+    used = users_of(product)
+    if len(used) != 1 or used[0].target is not aten.mul.Tensor:
+        return None
+    node, sinks = used[0].args[1], None
+    for target in GATE:
+        while isinstance(node, fx.Node) and node.target in UNCHANGED:
+            node = node.args[0]
+        if not isinstance(node, fx.Node) or node.target is not target:
+            return None
+        sinks = operand(node, 1) if target is aten.sub.Tensor else sinks
+        node = node.args[0]
+    while sinks is not None and sinks.op != "get_attr" and len(sinks.all_input_nodes) == 1:
+        sinks = sinks.all_input_nodes[0]
+    if sinks is None or sinks.op != "get_attr" or sinks.meta["val"].dim() != 1:
+        return None
+    return (used[0], sinks) if node is softmax.args[0] else None
+
+
+def users_of(node: fx.Node) -> list[fx.Node]:
     """The nodes that use a value; assertions do not."""
     return [user for user in node.users if user.users]
 
 
-def match_softmax(graph: Graph, root: fx.Node, softmax: fx.Node) -> WrittenOut | Miss:
-    """Read the operands of one attention that ends in `root`, or say why they cannot be read.
-
-    Scores are a product, times constants, plus at most one mask; casts in between are those of the
-    arithmetic and are left out.
-    """
-    if softmax.args[1] not in (-1, 3):
-        return Miss(f"softmax over axis {softmax.args[1]}, not over keys")
-    score, mask, scale, mask_scale = operand(softmax, 0), None, 1.0, 1.0
-    while score.target not in PRODUCTS:
-        if score.target in CASTS:
-            score = operand(score, 0)
-        elif score.target in SUMS and len(score.args) == 2 and not score.kwargs:
-            if mask is not None:
-                return Miss("two tensors are added to the scores")
-            score, mask = _scores_first(score)
-            mask_scale = scale
-        elif (factor := _factor(graph, score)) is not None:
-            scale, score = scale * factor, operand(score, 0)
-        else:
-            return Miss(f"{score.format_node()} between the product and the softmax")
-    q, k = _uncast(operand(score, 0)), _transposed(_uncast(operand(score, 1)))
-    if k is None:
-        return Miss("scores are no product with transposed keys")
-    return WrittenOut(q, _uncast(k), _uncast(operand(root, 1)), mask, scale, mask_scale)
-
-
-def _scores_first(addition: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Scores and what is added to them: a mask has one head, or is no product at all."""
-    left, right = operand(addition, 0), operand(addition, 1)
-    return (left, right) if _is_score(left) else (right, left)
-
-
-def _is_score(node: fx.Node) -> bool:
-    while node.op == "call_function" and node.all_input_nodes and node.target not in PRODUCTS:
-        node = node.all_input_nodes[0]
-    return node.target in PRODUCTS
-
-
-def _factor(graph: Graph, node: fx.Node) -> float | None:
-    """What a product or a quotient with one number multiplies by, or None."""
-    if node.target not in (aten.mul.Tensor, aten.div.Tensor) or len(node.args) != 2:
-        return None
-    number = node.args[1]
-    if isinstance(number, fx.Node):
-        if number.op != "get_attr":
-            return None
-        value = operator.attrgetter(str(number.target))(graph.module)
-        if value.numel() != 1:
-            return None
-        number = value.item()
-    factor = float(cast(float, number))
-    return factor if node.target is aten.mul.Tensor else 1.0 / factor
-
-
-def _uncast(node: fx.Node) -> fx.Node:
-    """The tensor before it was cast for the arithmetic."""
-    return operand(node, 0) if node.target in CASTS else node
-
-
-def _transposed(node: fx.Node) -> fx.Node | None:
-    """The keys [B, K, S, D] of which `node` is [B, K, D, S], or None."""
-    if node.target is aten.transpose.int and set(node.args[1:]) in LAST_TWO:
-        return operand(node, 0)
-    if node.target is aten.permute.default and list(cast(list, node.args[1])) == SWAPPED:
-        return operand(node, 0)
-    return None
+def _is_over_tokens(graph: Graph, softmax: fx.Node) -> bool:
+    """Whether there are as many numbers under a softmax as there are tokens."""
+    inputs = graph.module.graph.find_nodes(op="placeholder")
+    length = next((x.meta["val"].shape[1] for x in inputs if x.target == "input_ids"), None)
+    shape = operand(softmax, 0).meta["val"].shape
+    size = shape[cast(int, softmax.args[1])]
+    if not isinstance(size, torch.SymInt) or not isinstance(length, torch.SymInt):
+        return False
+    return bool(size.node.expr.free_symbols & length.node.expr.free_symbols)

@@ -91,7 +91,13 @@ def test_example(example, smollm2, capsys, monkeypatch):
 
 def test_every_example_is_found():
     found = {path.stem for path in EXAMPLES}
-    assert found == {"quickstart", "chat_constant_memory", "compose", "reuse_documents"}
+    assert found == {
+        "quickstart",
+        "chat_constant_memory",
+        "compose",
+        "custom_model",
+        "reuse_documents",
+    }
 
 
 @pytest.mark.slow

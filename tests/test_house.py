@@ -23,7 +23,11 @@ LEVEL_2 = (
     "kvfx.provenance",
     "kvfx.text",
     "kvfx.cache",
+    "kvfx.cuts",
+    "kvfx.min_cut",
     "kvfx.sizes",
+    # a layer as a picture: what `graph.svg()` needs
+    "kvfx.drawing",
 )
 LEVEL_3 = (*LEVEL_2, "kvfx.policy", "kvfx.verify", "kvfx.pass_manager")
 LEVEL_5 = (
@@ -45,7 +49,10 @@ LAW: dict[str, tuple[str, ...]] = {
     "kvfx.provenance": LEVEL_2,
     "kvfx.text": LEVEL_2,
     "kvfx.cache": LEVEL_2,
+    "kvfx.cuts": LEVEL_2,
+    "kvfx.min_cut": (),
     "kvfx.rotation": LEVEL_2,
+    "kvfx.drawing": LEVEL_2,
     "kvfx.policy": LEVEL_3,
     "kvfx.verify": LEVEL_3,
     "kvfx.pass_manager": LEVEL_3,
@@ -53,16 +60,26 @@ LAW: dict[str, tuple[str, ...]] = {
     "kvfx.budgets": ("torch", "kvfx.errors", "kvfx.budgets"),
     "kvfx.policies": (*LEVEL_3, "kvfx.policies", "kvfx.budgets", "kvfx.sizes"),
     # a pass is given the plan: data that was computed before
-    "kvfx.emit": (*LEVEL_3, "kvfx.planner"),
+    "kvfx.constants": LEVEL_2,
+    "kvfx.visibility": LEVEL_2,
+    "kvfx.mask_proof": (*LEVEL_2, "kvfx.constants", "kvfx.visibility"),
+    "kvfx.emit": (*LEVEL_3, "kvfx.constants", "kvfx.planner"),
     "kvfx.stages": (*LEVEL_3, "kvfx.emit"),
-    "kvfx.programs": (*LEVEL_3, "kvfx.emit", "kvfx.stages"),
+    "kvfx.rebuild": (*LEVEL_3, "kvfx.emit"),
+    "kvfx.absorb": (*LEVEL_3, "kvfx.constants", "kvfx.emit"),
+    "kvfx.programs": (*LEVEL_3, "kvfx.absorb", "kvfx.emit", "kvfx.rebuild", "kvfx.stages"),
     "kvfx.passes": (
         *LEVEL_3,
         "kvfx.passes",
         "kvfx.planner",
+        "kvfx.absorb",
         "kvfx.emit",
         "kvfx.programs",
+        "kvfx.rebuild",
+        "kvfx.constants",
+        "kvfx.mask_proof",
         "kvfx.rotation",
+        "kvfx.visibility",
     ),
     "kvfx.passes.pipeline": LEVEL_5,
     "kvfx.capture": (*LEVEL_5, "transformers"),
@@ -71,6 +88,8 @@ LAW: dict[str, tuple[str, ...]] = {
     "kvfx.sizes": ("kvfx.errors",),
     "kvfx.calibration": ("torch", "transformers", "safetensors", "kvfx"),
     "kvfx.reuse": ("torch", "transformers", "safetensors", "kvfx"),
+    # pictures that are not SVG
+    "kvfx.cache_trace.picture": ("torch", "matplotlib", "kvfx"),
     "kvfx.models": ("torch", "transformers", "safetensors", "rich", "kvfx.errors"),
     # what users touch; the rooms below are at home here
     "kvfx": ("torch", "sympy", "rich", "typer", "transformers", "kvfx"),

@@ -16,6 +16,11 @@ def position_rows(position_ids: Tensor, kv_heads: int) -> Tensor:
     return position_ids[:, None].expand(-1, kv_heads, -1)
 
 
+def places(live: Tensor, position: Tensor | None) -> Tensor:
+    """Where rows stand [B, K, T] int64: at their position, or at their rank among live rows."""
+    return live.long().cumsum(-1) - 1 if position is None else position.long()
+
+
 def live_entries(cache: Tensor, length: Tensor) -> Tensor:
     """Entries of cache [B, K, C, ...] that are live, length [B, K] of them: [B, K, C] bool."""
     return torch.arange(cache.shape[2], device=cache.device) < length[..., None]

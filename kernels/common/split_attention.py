@@ -16,6 +16,7 @@ from kvfx.kernels.common import launch
 from kvfx.kernels.common.attention import Rules
 from kvfx.kernels.common.combine import IN_BASE_2, LOG2E, combine, workspace
 from kvfx.kernels.common.dot import dot
+from kvfx.kernels.common.triton_softcap import capped
 
 # query rows and heads that share what is read
 LEAST_ROWS, MOST_ROWS = 16, 64
@@ -238,8 +239,7 @@ def attend_kernel(
         value = tl.load(v_at + entry[:, None] * v_entry + at_v[None, :], mask=whole, other=0.0)
         score = dot(query, tl.trans(key), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale
         if softcap is not None:
-            # tanh(x) = 1 - 2 / (e^2x + 1), in base 2; the cap is a logit
-            score = softcap * IN_BASE_2 * (1.0 - 2.0 / (tl.exp2(2.0 * score / softcap) + 1.0))
+            score = capped(score, softcap)
         seen = reads[:, None] & there[None, :]
         if POSITIONED:
             held = tile * BLOCK_N + at_n

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from kvfx.kernels.kivi.layout import Entries, Planes, Schedule, ring_tokens
+from kvfx.kernels.kivi.rules import Ruled, weights
 
 # int16 lanes of an int32: Inductor vectorizes 32-bit integers, not 16-bit ones
 LANES = 2
 
 
 def attend_step(
-    q: Tensor, has: Entries, due: Schedule, scale: float, k_bits: int, v_bits: int, group_size: int
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, has: Entries, due: Schedule, scale: float, k_bits: int, v_bits: int,
+    group_size: int, given: Ruled | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of one row q [B, H, 1, D], [B, H, 1, Dv], and its weights [B, K, H / K, N]: those
     of all codes, then those of the slots of the ring of keys.
     """
@@ -36,7 +38,8 @@ def attend_step(
     live = ring_tokens(has.length, due.k_ring) >= has.k_quantized[..., None]
     exact = [(x[:, :, None] * has.k_residual.float()).sum(-1) for x in row.unbind(2)]
     exact = torch.stack(exact, 2).masked_fill(~live[:, :, None], float("-inf"))
-    weight = torch.cat((score, exact), -1).softmax(-1)
+    score = torch.cat((score, exact), -1)
+    weight = score.softmax(-1) if given is None else weights(score, has, due, given)
 
     live = coded < has.v_quantized[..., None]
     v_planes = Planes(v_bits, value_dim, group_size)

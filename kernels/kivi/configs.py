@@ -80,6 +80,11 @@ def with_scores(chosen: Config) -> Config:
     return chosen._replace(warps=max(chosen.warps, 2))
 
 
+def with_rules(chosen: Config, arch: str) -> Config:
+    """The same under rules: on AMD their numbers do not fit beside what one warp holds."""
+    return chosen if arch.startswith("sm") else with_scores(chosen)
+
+
 def serves(arch: str, sizes: tuple[int, ...], *, exact: bool) -> bool:
     """Whether whole tiles are read without unpacking them, for widths and a group size `sizes`.
 

@@ -9,16 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvfx.kernels.common.attention import attend_rows
+from kvfx.kernels.common.attention import Rules, attend_rows
 from kvfx.kernels.common.rows import kept_first
 from kvfx.kernels.kivi.attend import attend_step, weights_of_entries
-from kvfx.kernels.kivi.layout import (
-    Entries,
-    Planes,
-    quantized_of,
-    rows_and_heads,
-    schedule,
-)
+from kvfx.kernels.kivi.layout import Entries, Planes, quantized_of, rows_and_heads, schedule
 from kvfx.kernels.kivi.quantizer import (
     dequantize_keys,
     dequantize_values,
@@ -26,6 +20,7 @@ from kvfx.kernels.kivi.quantizer import (
     quantize_values,
 )
 from kvfx.kernels.kivi.rows import (
+    continue_tiles,
     oldest_tiles,
     pending,
     replace_tiles,
@@ -34,6 +29,7 @@ from kvfx.kernels.kivi.rows import (
     write_ring,
     write_tiles,
 )
+from kvfx.kernels.kivi.rules import ruled
 
 
 def store(
@@ -55,17 +51,7 @@ def store(
 
     target = quantized_of(total, due.v_ring, due.v_block)
     tiles, token = pending(v, order, has.v_residual, has.length, has.v_quantized, total, group_size)
-    codes, scale, zero = quantize_values(tiles, v_bits, group_size)
-    planes = Planes(v_bits, v.shape[-1], group_size)
-    b, h = rows_and_heads(v, 1)
-    tile = (token[..., 0] // group_size).clamp(max=has.v_scales.shape[2] - 1)
-    # a tile that was begun keeps its codes
-    begun = (token < has.v_quantized[..., None, None])[..., None]
-    codes = torch.where(begun, planes.unpack(has.v_codes[b, h, tile]), codes)
-    codes = codes.masked_fill((token >= target[..., None, None])[..., None], 0)
-    scale = torch.where(begun, has.v_scales[b, h, tile], scale)
-    zero = torch.where(begun, has.v_zeros[b, h, tile], zero)
-    new = (planes.pack(codes), scale, zero)
+    new = continue_tiles(quantize_values(tiles, v_bits, group_size), token, target, has, v_bits)
     write_tiles(token, target, (has.v_codes, has.v_scales, has.v_zeros), new)
     write_ring(v, order, has.v_residual, has.length, target, total)
     has.v_quantized.copy_(target)
@@ -119,38 +105,75 @@ def flush(
 
 
 def attend(
-    q: Tensor, position_ids: Tensor, *buffers: Tensor, scale: float,
-    k_bits: int, v_bits: int, group_size: int, residual: int, rule: str,
+    q: Tensor, position_ids: Tensor,
+    k_codes: Tensor, k_scales: Tensor, k_zeros: Tensor, v_codes: Tensor, v_scales: Tensor,
+    v_zeros: Tensor, k_residual: Tensor, v_residual: Tensor, length: Tensor, k_quantized: Tensor,
+    v_quantized: Tensor, position: Tensor | None = None, bias: Tensor | None = None,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+    *, scale: float, k_bits: int, v_bits: int, group_size: int, residual: int, rule: str,
+    softcap: float = 0.0, window: int | None = None, chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of one row q [B, H, 1, D] over the live entries, never unpacked: [B, H, 1, Dv]."""
-    del position_ids
+    """Attention of one row q [B, H, 1, D] over the live entries, never unpacked: [B, H, 1, Dv].
+
+    Entries are at `position` [B, K, N] (None: at their index) and carry `bias` [B, K, N], both in
+    the order of `load`; the others are `Rules`.
+    """
+    has = Entries(
+        k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, k_residual, v_residual, length,
+        k_quantized, v_quantized,
+    )  # fmt: skip
+    given = ruled(Rules(slopes, sinks, softcap, window, chunk), position_ids, position, bias)
     due = schedule(group_size, residual, rule)
-    return attend_step(q, Entries(*buffers), due, scale, k_bits, v_bits, group_size)[0]
+    return attend_step(q, has, due, scale, k_bits, v_bits, group_size, given)[0]
 
 
 def attend_scored(
-    q: Tensor, position_ids: Tensor, score: Tensor, *buffers: Tensor, scale: float,
-    k_bits: int, v_bits: int, group_size: int, residual: int, rule: str, decay: float = 1.0,
+    q: Tensor, position_ids: Tensor, score: Tensor,
+    k_codes: Tensor, k_scales: Tensor, k_zeros: Tensor, v_codes: Tensor, v_scales: Tensor,
+    v_zeros: Tensor, k_residual: Tensor, v_residual: Tensor, length: Tensor, k_quantized: Tensor,
+    v_quantized: Tensor, position: Tensor | None = None, bias: Tensor | None = None,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+    *, scale: float, k_bits: int, v_bits: int, group_size: int, residual: int, rule: str,
+    decay: float = 1.0, softcap: float = 0.0, window: int | None = None, chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """What `attend` returns; score [B, K, T] fp32 becomes `decay` times itself plus the weights
+    """What `attend` returns; score [B, K, N] fp32 becomes `decay` times itself plus the weights
     that the entries get, summed over the query heads of their KV head.
     """
-    del position_ids
-    has, due = Entries(*buffers), schedule(group_size, residual, rule)
-    out, weight = attend_step(q, has, due, scale, k_bits, v_bits, group_size)
+    has = Entries(
+        k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, k_residual, v_residual, length,
+        k_quantized, v_quantized,
+    )  # fmt: skip
+    given = ruled(Rules(slopes, sinks, softcap, window, chunk), position_ids, position, bias)
+    due = schedule(group_size, residual, rule)
+    out, weight = attend_step(q, has, due, scale, k_bits, v_bits, group_size, given)
     score.copy_(score * decay + weights_of_entries(weight.sum(2), has, due))
     return out
 
 
 def extend(
-    q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor, *buffers: Tensor, scale: float,
-    k_bits: int, v_bits: int, group_size: int, residual: int, rule: str,
+    q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor,
+    k_codes: Tensor, k_scales: Tensor, k_zeros: Tensor, v_codes: Tensor, v_scales: Tensor,
+    v_zeros: Tensor, k_residual: Tensor, v_residual: Tensor, length: Tensor, k_quantized: Tensor,
+    v_quantized: Tensor, position: Tensor | None = None, bias: Tensor | None = None,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+    *, scale: float, k_bits: int, v_bits: int, group_size: int, residual: int, rule: str,
+    softcap: float = 0.0, window: int | None = None, chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of S rows over the live entries and themselves, not stored yet: [B, H, S, Dv]."""
+    """Attention of S rows over the live entries and themselves, not stored yet: [B, H, S, Dv]. The
+    optional operands are those of `attend`.
+    """
+    has = Entries(
+        k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, k_residual, v_residual, length,
+        k_quantized, v_quantized,
+    )  # fmt: skip
     k_past, v_past, live = load(
-        *buffers, k_bits=k_bits, v_bits=v_bits, group_size=group_size, residual=residual, rule=rule
+        *has, k_bits=k_bits, v_bits=v_bits, group_size=group_size, residual=residual, rule=rule
     )
-    return attend_rows(q, k, v, position_ids, k_past.to(k.dtype), v_past.to(v.dtype), live, scale)
+    k_past, v_past = k_past.to(k.dtype), v_past.to(v.dtype)
+    rules = Rules(slopes, sinks, softcap, window, chunk)
+    if rules.positioned and position is None:
+        position = torch.arange(live.shape[2], device=q.device).expand(q.shape[0], 1, -1)
+    return attend_rows(q, k, v, position_ids, k_past, v_past, live, scale, rules, position, bias)
 
 
 def load(

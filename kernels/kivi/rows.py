@@ -30,6 +30,25 @@ def pending(
     return rows.unflatten(2, (tiles, group_size)), token.unflatten(2, (tiles, group_size))
 
 
+def continue_tiles(
+    tiles: tuple[Tensor, Tensor, Tensor], token: Tensor, target: Tensor, has: Entries, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Words, scales and zeros of tiles of values of tokens [B, K, n, G], up to `target` [B, K].
+
+    A tile that was begun keeps what it has.
+    """
+    codes, scale, zero = tiles
+    planes = Planes(bits, has.v_residual.shape[3], token.shape[-1])
+    b, h = rows_and_heads(token, 1)
+    tile = (token[..., 0] // token.shape[-1]).clamp(max=has.v_scales.shape[2] - 1)
+    begun = (token < has.v_quantized[..., None, None])[..., None]
+    codes = torch.where(begun, planes.unpack(has.v_codes[b, h, tile]), codes)
+    codes = codes.masked_fill((token >= target[..., None, None])[..., None], 0)
+    scale = torch.where(begun, has.v_scales[b, h, tile], scale)
+    zero = torch.where(begun, has.v_zeros[b, h, tile], zero)
+    return planes.pack(codes), scale, zero
+
+
 def write_tiles(
     token: Tensor, target: Tensor, buffers: tuple[Tensor, ...], tiles: tuple[Tensor, ...]
 ) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
 from kvfx.kernels.common import launch
 from kvfx.kernels.common.accumulate import accumulate
-from kvfx.kernels.common.attention import PLAIN
+from kvfx.kernels.common.attention import Rules
 from kvfx.kernels.common.combine import LOG2E, combine
 from kvfx.kernels.common.rows import kept_first, live_entries
 from kvfx.kernels.common.split_attention import attend_own, output, refusal
@@ -31,10 +33,10 @@ BEFORE = {
 }  # fmt: skip
 
 
-def constraint(verb: str, *operands: Tensor, **attributes: object) -> str | None:
+def constraint(verb: str, *operands: Any, **attributes: object) -> str | None:
     """Why Triton cannot serve these operands, or None."""
     before = BEFORE[verb]
-    has = Entries(*operands[before:])
+    has = Entries(*operands[before : before + len(Entries._fields)])
     reason = refusal(has.k_residual)
     if reason is not None:
         return reason
@@ -138,53 +140,87 @@ def flush(
 
 
 def attend(
-    q: Tensor, position_ids: Tensor, *buffers: Tensor, scale: float,
-    k_bits: int, v_bits: int, group_size: int, residual: int, rule: str,
+    q: Tensor, position_ids: Tensor,
+    k_codes: Tensor, k_scales: Tensor, k_zeros: Tensor, v_codes: Tensor, v_scales: Tensor,
+    v_zeros: Tensor, k_residual: Tensor, v_residual: Tensor, length: Tensor, k_quantized: Tensor,
+    v_quantized: Tensor, position: Tensor | None = None, bias: Tensor | None = None,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+    *, scale: float, k_bits: int, v_bits: int, group_size: int, residual: int, rule: str,
+    softcap: float = 0.0, window: int | None = None, chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of one row q [B, H, 1, D] over the live entries, never unpacked: [B, H, 1, Dv]."""
     del residual
-    _check("attend", q, position_ids, *buffers, group_size=group_size)
+    has = Entries(
+        k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, k_residual, v_residual, length,
+        k_quantized, v_quantized,
+    )  # fmt: skip
+    _check("attend", q, position_ids, *has, group_size=group_size)
+    rules = Rules(slopes, sinks, softcap, window, chunk)
+    asked = position_ids if position is not None or rules.positioned else None
     partial, stats = attend_cache(
-        q, None, Entries(*buffers), scale * LOG2E, k_bits, v_bits, group_size, rule, more=0
-    )
+        q, asked, has, scale * LOG2E, k_bits, v_bits, group_size, rule, rules, more=0,
+        position=position, bias=bias,
+    )  # fmt: skip
     out = q.new_empty(*q.shape[:3], partial.shape[2])
-    combine(partial, stats, out)
+    combine(partial, stats, out, sinks)
     return out
 
 
 def attend_scored(
-    q: Tensor, position_ids: Tensor, score: Tensor, *buffers: Tensor, scale: float,
-    k_bits: int, v_bits: int, group_size: int, residual: int, rule: str, decay: float = 1.0,
+    q: Tensor, position_ids: Tensor, score: Tensor,
+    k_codes: Tensor, k_scales: Tensor, k_zeros: Tensor, v_codes: Tensor, v_scales: Tensor,
+    v_zeros: Tensor, k_residual: Tensor, v_residual: Tensor, length: Tensor, k_quantized: Tensor,
+    v_quantized: Tensor, position: Tensor | None = None, bias: Tensor | None = None,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+    *, scale: float, k_bits: int, v_bits: int, group_size: int, residual: int, rule: str,
+    decay: float = 1.0, softcap: float = 0.0, window: int | None = None, chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """What `attend` returns; score [B, K, T] fp32 becomes `decay` times itself plus the weights
+    """What `attend` returns; score [B, K, N] fp32 becomes `decay` times itself plus the weights
     that the entries get.
     """
     del residual
-    _check("attend_scored", q, position_ids, score, *buffers, group_size=group_size)
-    has = Entries(*buffers)
+    has = Entries(
+        k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, k_residual, v_residual, length,
+        k_quantized, v_quantized,
+    )  # fmt: skip
+    _check("attend_scored", q, position_ids, score, *has, group_size=group_size)
+    rules = Rules(slopes, sinks, softcap, window, chunk)
+    asked = position_ids if position is not None or rules.positioned else None
     scores = torch.empty(*q.shape[:2], score.shape[2], dtype=torch.float32, device=q.device)
     partial, stats = attend_cache(
-        q, None, has, scale * LOG2E, k_bits, v_bits, group_size, rule, more=0, scores=scores
-    )
+        q, asked, has, scale * LOG2E, k_bits, v_bits, group_size, rule, rules, more=0,
+        position=position, bias=bias, scores=scores,
+    )  # fmt: skip
     out = q.new_empty(*q.shape[:3], partial.shape[2])
-    lse = combine(partial, stats, out)
-    accumulate(scores, lse, has.length, score, decay)
+    lse = combine(partial, stats, out, sinks)
+    accumulate(scores, lse, length, score, decay)
     return out
 
 
 def extend(
-    q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor, *buffers: Tensor, scale: float,
-    k_bits: int, v_bits: int, group_size: int, residual: int, rule: str,
+    q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor,
+    k_codes: Tensor, k_scales: Tensor, k_zeros: Tensor, v_codes: Tensor, v_scales: Tensor,
+    v_zeros: Tensor, k_residual: Tensor, v_residual: Tensor, length: Tensor, k_quantized: Tensor,
+    v_quantized: Tensor, position: Tensor | None = None, bias: Tensor | None = None,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+    *, scale: float, k_bits: int, v_bits: int, group_size: int, residual: int, rule: str,
+    softcap: float = 0.0, window: int | None = None, chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of S rows over the live entries and themselves, not stored yet: [B, H, S, Dv]."""
     del residual
-    _check("extend", q, k, v, position_ids, *buffers, group_size=group_size)
+    has = Entries(
+        k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, k_residual, v_residual, length,
+        k_quantized, v_quantized,
+    )  # fmt: skip
+    _check("extend", q, k, v, position_ids, *has, group_size=group_size)
+    rules = Rules(slopes, sinks, softcap, window, chunk)
     partial, stats = attend_cache(
-        q, position_ids, Entries(*buffers), scale * LOG2E, k_bits, v_bits, group_size, rule, more=1
-    )
-    attend_own(q, k, v, partial, stats, PLAIN, scale=scale, q_position=position_ids)
+        q, position_ids, has, scale * LOG2E, k_bits, v_bits, group_size, rule, rules, more=1,
+        position=position, bias=bias,
+    )  # fmt: skip
+    attend_own(q, k, v, partial, stats, rules, scale=scale, q_position=position_ids)
     out = output(q, v)
-    combine(partial, stats, out)
+    combine(partial, stats, out, sinks)
     return out
 
 

@@ -7,18 +7,20 @@ import triton.language as tl
 
 from kvfx.kernels.kivi.triton_entries import entries
 from kvfx.kernels.kivi.triton_loop import attend_codes
+from kvfx.kernels.kivi.triton_rules import ruled
 
 
 @triton.jit
 def attend_kernel(
     q, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, k_residual, v_residual,
     length, k_quantized, v_quantized, q_position, offsets, partial, stats,
-    scores, entries_of_head,
+    scores, position, bias, slopes, softcap, window, chunk, entries_of_head,
     scale, q_batch, q_head, q_row, kv_heads, rows, tiles, k_ring, v_ring, parts, all_parts,
     REPEAT: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, GROUP: tl.constexpr,
     K_BITS: tl.constexpr, K_PLANES: tl.constexpr, K_ASM: tl.constexpr,
     V_BITS: tl.constexpr, V_PLANES: tl.constexpr, V_ASM: tl.constexpr,
     TAILS: tl.constexpr, NARROW: tl.constexpr, EXACT: tl.constexpr, MIXED: tl.constexpr,
+    RULED: tl.constexpr, POSITIONED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     PACK: tl.constexpr, BLOCKS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -46,6 +48,19 @@ def attend_kernel(
     if scores is not None:
         # where the scores of a head are
         scores += (bh * REPEAT + head) * entries_of_head
+    rules = None
+    if RULED:
+        asked, slope = None, None
+        if POSITIONED:
+            asked = tl.load(q_position + batch * rows + row, mask=inside, other=-1).to(tl.int32)
+        if slopes is not None:
+            slope = tl.load(slopes + kv_head * REPEAT + head, mask=inside, other=0.0)
+            slope = slope.to(tl.float32)
+        if position is not None:
+            position += bh * entries_of_head
+        if bias is not None:
+            bias += bh * entries_of_head
+        rules = (asked, slope, position, bias, softcap, window, chunk)
     live = tl.load(length + bh)
     k_coded, v_coded = tl.load(k_quantized + bh), tl.load(v_quantized + bh)
     k_codes += bh * tiles * (GROUP * WIDTH // (16 // K_BITS))
@@ -66,7 +81,7 @@ def attend_kernel(
             program = bh * tl.num_programs(0) + tl.program_id(0)
             attend_codes(
                 q_at, inside, reads, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros,
-                offsets + program * CHUNK * BLOCK_M, partial, stats, out, scores,
+                offsets + program * CHUNK * BLOCK_M, partial, stats, out, scores, rules,
                 (part - TAILS) * each, tl.minimum((part - TAILS + 1) * each, steps), scale, at_m,
                 NARROW, EXACT, WIDTH, VALUE_WIDTH, GROUP, K_BITS, K_PLANES, K_ASM,
                 V_BITS, V_PLANES, V_ASM, BLOCK_M, PACK, BLOCKS, CHUNK, STAGES,
@@ -80,7 +95,7 @@ def attend_kernel(
         attend_tokens(
             q_at, inside, reads, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros,
             k_residual, v_residual, k_coded, v_coded, k_ring, v_ring,
-            partial, stats, out, scores, low, high, scale,
+            partial, stats, out, scores, rules, low, high, scale,
             EXACT, MIXED, WIDTH, VALUE_WIDTH, GROUP, K_BITS, K_PLANES, V_BITS, V_PLANES,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
@@ -90,7 +105,7 @@ def attend_kernel(
 def attend_tokens(
     q_at, inside, reads, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros,
     k_residual, v_residual, k_coded, v_coded, k_ring, v_ring,
-    partial, stats, out, scores, low, high, scale,
+    partial, stats, out, scores, rules, low, high, scale,
     EXACT: tl.constexpr, MIXED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     GROUP: tl.constexpr, K_BITS: tl.constexpr, K_PLANES: tl.constexpr,
     V_BITS: tl.constexpr, V_PLANES: tl.constexpr,
@@ -112,6 +127,8 @@ def attend_tokens(
             True, MIXED, WIDTH, GROUP, K_BITS, K_PLANES, BLOCK_D,
         )  # fmt: skip
         score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        if rules is not None:
+            score = ruled(score, token, token < high, rules, False)
         score = tl.where(reads[:, None] & (token < high)[None, :], score, float("-inf"))
         if scores is not None:
             there = inside[:, None] & (token < high)[None, :]

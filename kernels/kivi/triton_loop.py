@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvfx.kernels.kivi.triton_rules import ruled_tiles
 from kvfx.kernels.kivi.triton_sides import (
     add_zeros,
     add_zeros_by_product,
@@ -32,7 +33,7 @@ UNIT = tl.constexpr(2.0**24)
 @triton.jit
 def attend_codes(
     q_at, inside, reads, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, offsets,
-    partial, stats, out, scores_of_heads, first, last, scale, at_m,
+    partial, stats, out, scores_of_heads, rules, first, last, scale, at_m,
     NARROW: tl.constexpr, EXACT: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, GROUP: tl.constexpr,
     K_BITS: tl.constexpr, K_PLANES: tl.constexpr, K_ASM: tl.constexpr,
@@ -60,6 +61,9 @@ def attend_codes(
 
     query, largest = _normalized(q_at, inside, at_kw, K_BITS, K_PLANES, NARROW, NUMBER)
     factor = largest * (scale * UNIT)
+    if rules is not None:
+        # they want scores as they are
+        units, factor = factor, tl.full([BLOCK_M], 1.0, dtype=tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     weights = blank(BLOCK_M, PACK * V_ROWS, NARROW)
     acc, zero = (), ()
@@ -99,12 +103,19 @@ def attend_codes(
                 for u in tl.static_range(K_PARTS):
                     s = _scores(folded, start, codes, u, at_kr // K_ROWS, K_PLANES, PACK, NARROW)
                     own = own + (s,)
-                scores = scores + regroup(own, BLOCK_M, PACK, GROUP, K_PARTS, V_PARTS)
+                own = regroup(own, BLOCK_M, PACK, GROUP, K_PARTS, V_PARTS)
+                if rules is not None:
+                    own = ruled_tiles(own, units, tile, at_vr, rules, GROUP, V_ROWS, NARROW)
+                scores = scores + own
             best = scores[0]
             for i in tl.static_range(1, BLOCKS * V_PARTS):
                 best = tl.maximum(best, scores[i])
             top = tl.maximum(m, tl.max(best, 0 if NARROW else 1) * factor)
-            decay = tl.exp2(m - top)
+            base = top
+            if rules is not None:
+                # -inf minus -inf is no number
+                base = tl.where(top == float("-inf"), 0.0, top)
+            decay = tl.exp2(m - base)
             m = top
             weights = weights * by_head(decay, NARROW)
             acc, zero = decayed(acc, decay, NARROW), decayed(zero, decay, NARROW)
@@ -122,7 +133,7 @@ def attend_codes(
                         at = by_head(scores_of_heads, NARROW) + by_token(token, NARROW)
                         raw = score * by_head(factor, NARROW)
                         tl.store(at, raw, mask=by_head(inside, NARROW))
-                    weight = tl.exp2(score * by_head(factor, NARROW) - by_head(top, NARROW))
+                    weight = tl.exp2(score * by_head(factor, NARROW) - by_head(base, NARROW))
                     weights += weight
                     if BY_PRODUCT:
                         token = (tile + at_vr // V_ROWS) * GROUP + u * V_ROWS + at_vr % V_ROWS

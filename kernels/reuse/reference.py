@@ -12,13 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvfx.errors import UnsupportedShape
-from kvfx.kernels.common.attention import (
-    BLOCK,
-    Rules,
-    inside,
-    masked_attention,
-    rows_outermost,
-)
+from kvfx.kernels.common.attention import BLOCK, Rules, inside, rows_outermost
+from kvfx.kernels.common.ruled import attend_block, shares
 
 # query rows whose weights exist at once
 WEIGHTS_BLOCK = 128
@@ -36,57 +31,60 @@ def scatter_rows(
 
 
 def attend_rows(
-    q: Tensor,
-    position_ids: Tensor,
-    k_rows: Tensor,
-    v_rows: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-) -> Tensor:
-    """Attention [B, H, S, Dv] of q [B, H, S, D] at position_ids [B, S] over the live rows.
+    q: Tensor, position_ids: Tensor, k_rows: Tensor, v_rows: Tensor, slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *, scale: float, window: int | None = None, chunk: int | None = None, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Attention [B, H, S, Dv] of q [B, H, S, D] at position_ids [B, S] over the live rows, under
+    the model's `Rules`.
 
-    A row sees `index <= position`, and `position - index < window` where there is a window: its own
-    position decides, never its place among the rows (KVShare; reuse across contexts has no
-    bottom-right mask).
+    A row sees `index <= position` inside window and chunk: its own position decides, never its
+    place among the rows (KVShare; reuse across contexts has no bottom-right mask).
     """
-    count, repeat, out = q.shape[2], q.shape[1] // k_rows.shape[1], []
+    rules, count, out = Rules(slopes, sinks, softcap, window, chunk), q.shape[2], []
     index = torch.arange(count, device=q.device)
-    if (window is None or count <= window) and bool((position_ids == index).all()):
-        # a prompt from its beginning, all inside the window: plain causal attention
+    whole = all(size is None or count <= size for size in (window, chunk))
+    if rules.plain and whole and bool((position_ids == index).all()):
+        # a prompt from its beginning, all inside window and chunk: plain causal attention
         keys, values = k_rows[:, :, :count], v_rows[:, :, :count]
-        whole = F.scaled_dot_product_attention(
-            q, keys, values, is_causal=True, scale=scale, enable_gqa=repeat > 1
+        repeated = q.shape[1] > k_rows.shape[1]
+        causal = F.scaled_dot_product_attention(
+            q, keys, values, is_causal=True, scale=scale, enable_gqa=repeated
         )
-        return rows_outermost(whole)
+        return rows_outermost(causal)
     for rows in index.split(BLOCK):
         asked = position_ids[:, rows]
-        held = _reached(asked, k_rows.shape[2], window)
-        seen = _seen(asked, held, window)[:, None]
+        held = _reached(asked, k_rows.shape[2], rules)
         keys, values = k_rows[:, :, held], v_rows[:, :, held]
-        out.append(masked_attention(q[:, :, rows], keys, values, seen, scale, repeat))
+        at = torch.arange(held.start, held.stop, device=q.device)[None]
+        out.append(attend_block(q[:, :, rows], keys, values, asked, at, scale, rules))
     return rows_outermost(torch.cat(out, 2))
 
 
 def column_attention(
-    q: Tensor, k_rows: Tensor, position_ids: Tensor, *, scale: float, window: int | None = None
-) -> Tensor:
-    """The attention that rows q [B, H, S, D] at position_ids [B, S] give to each live row: [B, K,
-    N] fp32.
+    q: Tensor, k_rows: Tensor, position_ids: Tensor, slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *, scale: float, window: int | None = None, chunk: int | None = None, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The attention that rows q [B, H, S, D] at position_ids [B, S] give to each live row, under
+    the model's `Rules`: [B, K, N] fp32.
 
     Summed over rows and over the query heads of a KV head: the alpha of KVShare's high-deviation
     selection (arXiv 2503.16525), and of H2O.
     """
+    rules = Rules(slopes, sinks, softcap, window, chunk)
     received = torch.zeros(k_rows.shape[:3], dtype=torch.float32, device=q.device)
     for rows in torch.arange(q.shape[2], device=q.device).split(WEIGHTS_BLOCK):
-        asked = position_ids[:, rows]
-        held = _reached(asked, k_rows.shape[2], window)
-        seen = _seen(asked, held, window)[:, None, None]
+        asked = position_ids[:, None, rows, None]
+        held = _reached(asked, k_rows.shape[2], rules)
+        index = torch.arange(held.start, held.stop, device=q.device)
         keys = k_rows[:, :, held].float()
         query = q[:, :, rows].unflatten(1, (keys.shape[1], -1)).float() * scale
         score = (query.flatten(2, 3) @ keys.mT).unflatten(2, query.shape[2:4])
-        weight = score.masked_fill_(~seen, float("-inf")).softmax(-1)
+        seen = inside(asked, index, rules)[:, :, None]
+        distance = None if rules.slopes is None else asked - index
         # a row that sees nothing is padding: its softmax is no number
+        weight = shares(score, ~seen, distance, rules)
         weight = weight.masked_fill_(~seen.any(-1, keepdim=True), 0.0)
         received[:, :, held] += weight.sum((2, 3))
     return received
@@ -146,16 +144,14 @@ def take_positions(position_ids: Tensor, rows: Tensor) -> Tensor:
     return position_ids.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -1)
 
 
-def _reached(asked: Tensor, count: int, window: int | None) -> slice:
+def _reached(asked: Tensor, count: int, rules: Rules) -> slice:
     """The live rows, of `count`, from the first to the last that any row at asked [B, S] sees."""
     end = max(int(asked.max()) + 1, 1)
-    if window is None:
+    if rules.window is None and rules.chunk is None:
         return slice(0, min(end, count))
-    oldest = int(asked.masked_fill(asked < 0, end - 1).min())
-    return slice(max(oldest - window + 1, 0), min(end, count))
-
-
-def _seen(asked: Tensor, held: slice, window: int | None) -> Tensor:
-    """Which of the live rows T in `held` the rows at asked [B, S] see: [B, S, T] bool."""
-    index = torch.arange(held.start, held.stop, device=asked.device)
-    return inside(asked[:, :, None], index, Rules(window=window))
+    oldest, first = int(asked.masked_fill(asked < 0, end - 1).min()), 0
+    if rules.window is not None:
+        first = max(first, oldest - rules.window + 1)
+    if rules.chunk is not None:
+        first = max(first, oldest // rules.chunk * rules.chunk)
+    return slice(first, min(end, count))

@@ -12,14 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvfx.kernels.common.attention import (
-    BLOCK,
-    attend_step,
-    masked_attention,
-    rows_outermost,
-    visible,
-)
+from kvfx.kernels.common.attention import BLOCK, Rules, attend_step, inside, rows_outermost
 from kvfx.kernels.common.rows import kept_first
+from kvfx.kernels.common.ruled import attend_block, attend_ruled_step
 
 
 def store(
@@ -71,43 +66,38 @@ def append(
 
 
 def attend(
-    q: Tensor,
-    position_ids: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    position: Tensor,
-    length: Tensor,
-    scale: float,
-    window: int,
-) -> Tensor:
-    """Attention of one row q [B, H, 1, D] over the entries inside its window: [B, H, 1, Dv]."""
+    q: Tensor, position_ids: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor,
+    length: Tensor, slopes: Tensor | None = None, sinks: Tensor | None = None,
+    *, scale: float, window: int, softcap: float = 0.0, chunk: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of one row q [B, H, 1, D] over the entries inside its window, under the model's
+    `Rules`: [B, H, 1, Dv].
+    """
     del length
-    live = visible(position_ids, position, window).expand(-1, k_cache.shape[1], -1)
-    return attend_step(q, k_cache, v_cache, live, scale)
+    rules = Rules(slopes, sinks, softcap, window, chunk)
+    held = position[:, None]
+    live = inside(position_ids[:, None], held, rules).expand(-1, k_cache.shape[1], -1)
+    if rules.plain:
+        return attend_step(q, k_cache, v_cache, live, scale)
+    distance = position_ids[:, None] - held
+    return attend_ruled_step(q, k_cache, v_cache, live, distance, scale, rules)
 
 
 def extend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position_ids: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    position: Tensor,
-    length: Tensor,
-    scale: float,
-    window: int,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor, k_cache: Tensor, v_cache: Tensor,
+    position: Tensor, length: Tensor, slopes: Tensor | None = None, sinks: Tensor | None = None,
+    *, scale: float, window: int, softcap: float = 0.0, chunk: int | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of S rows over the ring and over themselves, before they are stored: [B, H, S,
     Dv].
     """
     del length
+    rules = Rules(slopes, sinks, softcap, window, chunk)
     keys, values = torch.cat((k_cache, k), 2), torch.cat((v_cache, v), 2)
-    key_position = torch.cat((position.long(), position_ids), 1)
-    kv_repeat = q.shape[1] // k.shape[1]
+    held = torch.cat((position.long(), position_ids), 1)
     out = []
     for start in range(0, q.shape[2], BLOCK):
         rows = slice(start, start + BLOCK)
-        seen = visible(position_ids[:, rows], key_position, window)[:, None]
-        out.append(masked_attention(q[:, :, rows], keys, values, seen, scale, kv_repeat))
+        asked = position_ids[:, rows]
+        out.append(attend_block(q[:, :, rows], keys, values, asked, held, scale, rules))
     return rows_outermost(torch.cat(out, 2))

@@ -51,29 +51,35 @@ def append(
 
 def attend(
     q: Tensor, position_ids: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor,
-    length: Tensor, scale: float, window: int,
+    length: Tensor, slopes: Tensor | None = None, sinks: Tensor | None = None,
+    *, scale: float, window: int, softcap: float = 0.0, chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of one row q [B, H, 1, D] over the entries inside its window: [B, H, 1, Dv]."""
+    """Attention of one row q [B, H, 1, D] over the entries inside its window, under the model's
+    `Rules`: [B, H, 1, Dv].
+    """
     del length
     _check("attend", q, position_ids, k_cache)
+    rules = Rules(slopes, sinks, softcap, window, chunk)
     return attend_entries(
-        q, k_cache, v_cache, Rules(window=window), scale=scale, length=None,
-        q_position=position_ids, position=position[:, None],
+        q, k_cache, v_cache, rules, scale=scale, length=None, q_position=position_ids,
+        position=position[:, None],
     )[0]  # fmt: skip
 
 
 def extend(
     q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor, k_cache: Tensor, v_cache: Tensor,
-    position: Tensor, length: Tensor, scale: float, window: int,
+    position: Tensor, length: Tensor, slopes: Tensor | None = None, sinks: Tensor | None = None,
+    *, scale: float, window: int, softcap: float = 0.0, chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of S rows over the ring and over themselves, before they are stored: [B, H, S,
     Dv].
     """
     del length
     _check("extend", k)
+    rules = Rules(slopes, sinks, softcap, window, chunk)
     return attend_entries(
-        q, k_cache, v_cache, Rules(window=window), scale=scale, length=None,
-        q_position=position_ids, position=position[:, None], own=(k, v),
+        q, k_cache, v_cache, rules, scale=scale, length=None, q_position=position_ids,
+        position=position[:, None], own=(k, v),
     )[0]  # fmt: skip
 
 

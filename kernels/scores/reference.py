@@ -11,43 +11,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvfx.kernels.common.attention import Rules
 from kvfx.kernels.common.rotation import rotate
+from kvfx.kernels.common.rows import places
+from kvfx.kernels.common.ruled import shares
 
 # query rows whose weights exist at once
 BLOCK = 128
 
 
-def window(q: Tensor, k: Tensor, live: Tensor, *, scale: float, window: int) -> Tensor:
+def window(
+    q: Tensor, k: Tensor, live: Tensor, position: Tensor | None = None,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+    *, scale: float, window: int, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
     """The attention that the last `window` rows give to each row: [B, K, T] fp32, for q [B, H, S,
     D], k [B, K, T, D].
 
-    Summed over rows and averaged over the query heads of a KV head (SnapKV).
+    Summed over rows and averaged over the query heads of a KV head (SnapKV). Attention is the
+    model's: softcap, sinks [H] and slopes [H] are those of `Rules`, for rows at `position` [B, K,
+    T] (None: their rank among live rows).
     """
     first = max(k.shape[2] - q.shape[2], k.shape[2] - window)
-    return _received(q, k, live, scale, first) / (q.shape[1] // k.shape[1])
+    received = _received(q, k, live, position, scale, first, Rules(slopes, sinks, softcap))
+    return received / (q.shape[1] // k.shape[1])
 
 
-def columns(q: Tensor, k: Tensor, live: Tensor, *, scale: float) -> Tensor:
+def columns(
+    q: Tensor, k: Tensor, live: Tensor, position: Tensor | None = None,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+    *, scale: float, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
     """The attention that all rows of q give to each row: [B, K, T] fp32, for q [B, H, S, D], k [B,
     K, T, D].
 
-    Summed over rows and over the query heads of a KV head (H2O); decoded rows go on adding.
+    Summed over rows and over the query heads of a KV head (H2O); decoded rows go on adding. The
+    optional operands are those of `window`.
     """
-    return _received(q, k, live, scale, k.shape[2] - q.shape[2])
+    first, rules = k.shape[2] - q.shape[2], Rules(slopes, sinks, softcap)
+    return _received(q, k, live, position, scale, first, rules)
 
 
-def _received(q: Tensor, k: Tensor, live: Tensor, scale: float, first: int) -> Tensor:
+def _received(
+    q: Tensor, k: Tensor, live: Tensor, position: Tensor | None, scale: float, first: int,
+    rules: Rules,
+) -> Tensor:  # fmt: skip
     """Attention weights summed over the rows from `first` on and over grouped query heads."""
     received = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
     index = torch.arange(k.shape[2], device=k.device)
     ahead, keys = k.shape[2] - q.shape[2], k.float().mT
+    held, distance = places(live, position) if rules.slopes is not None else None, None
     for rows in index[first:].split(BLOCK):
         asked = q[:, :, rows - ahead].unflatten(1, (k.shape[1], -1)).float()
         score = (asked.flatten(2, 3) * scale) @ keys
         unseen = ~(live[:, :, None, None] & (index <= rows[:, None]))
-        score = score.unflatten(2, asked.shape[2:4]).masked_fill_(unseen, float("-inf"))
+        if held is not None:
+            distance = held[:, :, rows, None] - held[:, :, None]
+        weight = shares(score.unflatten(2, asked.shape[2:4]), unseen, distance, rules)
         # a row that sees nothing is padding: its softmax is no number
-        weight = score.softmax(-1).masked_fill_(~live[:, :, None, rows, None], 0.0)
+        weight = weight.masked_fill_(~live[:, :, None, rows, None], 0.0)
         received += weight.sum((2, 3))
     return received
 
@@ -70,7 +92,7 @@ def average(score: Tensor, live: Tensor, position: Tensor | None) -> Tensor:
     """Accumulated attention, score [B, K, T], per row that saw the token (WeightedKV): those from
     its own position [B, K, T] (None: its rank among live rows) to the newest one.
     """
-    own = live.long().cumsum(-1) - 1 if position is None else position.long()
+    own = places(live, position)
     newest = own.masked_fill(~live, -1).amax(-1, keepdim=True)
     saw = (newest - own + 1).masked_fill(~live, 1)
     return (score / saw).masked_fill(~live, 0.0)

@@ -1,4 +1,4 @@
-"""Device code of the column sums: a stationary block against tiles of the other operand.
+"""Device code of the rows' log-sum-exp: a stationary block of queries against tiles of keys.
 
 A block of queries interleaves the heads of a group, so that they share each key that is read: query
 m is row `first + m // REPEAT` of grouped head `m % REPEAT`. The log-sum-exp [pairs, REPEAT, rows -
@@ -11,14 +11,15 @@ import triton
 import triton.language as tl
 
 from kvfx.kernels.common.dot import dot
+from kvfx.kernels.scores.triton_rules import ruled
 
 
 @triton.jit
 def lse_kernel(
-    q, k, live, span, lse, scale,
+    q, k, live, span, lse, position, slopes, scale, softcap,
     q_batch, q_head, q_row, k_batch, k_head, k_row, live_batch, live_head, live_row,
     kv_heads, rows, first, ahead, blocks, parts,
-    REPEAT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+    REPEAT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, RULED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program per block of queries, part of its keys, row of the batch and KV head."""
@@ -34,6 +35,11 @@ def lse_kernel(
     query_at += (row - ahead).to(tl.int64)[:, None] * q_row + at_d[None, :]
     mask = (row < rows)[:, None] & (at_d < WIDTH)[None, :]
     query = tl.load(query_at, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
+    asked, slope = None, None
+    if slopes is not None:
+        position += pair * rows
+        asked = tl.load(position + row, mask=row < rows, other=0)[:, None]
+        slope = tl.load(slopes + head)[:, None]
     start, clean = tl.load(span + pair * 2), tl.load(span + pair * 2 + 1)
     last = tl.minimum(rows - 1, first + (block * BLOCK_M + BLOCK_M - 1) // REPEAT)
     low, high = start // BLOCK_N, last // BLOCK_N + 1
@@ -46,13 +52,13 @@ def lse_kernel(
     best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     best, total = _sum_tiles(
-        query, k, live, row, best, total, scale, k_row, live_row, rows, open, 0, shut - open, 0,
-        False, WIDTH, BLOCK_D, BLOCK_N, STAGES,
+        query, k, live, row, best, total, position, asked, slope, scale, softcap, k_row, live_row,
+        rows, open, 0, shut - open, 0, False, RULED, WIDTH, BLOCK_D, BLOCK_N, STAGES,
     )  # fmt: skip
     best, total = _sum_tiles(
-        query, k, live, row, best, total, scale, k_row, live_row, rows,
-        low, open - low, open - low + high - shut, shut - open,
-        True, WIDTH, BLOCK_D, BLOCK_N, 1,
+        query, k, live, row, best, total, position, asked, slope, scale, softcap, k_row, live_row,
+        rows, low, open - low, open - low + high - shut, shut - open, True, RULED, WIDTH,
+        BLOCK_D, BLOCK_N, 1,
     )  # fmt: skip
     alive = tl.load(live + row.to(tl.int64) * live_row, mask=row < rows, other=0) != 0
     unseen = tl.where(parts == 1, float("inf"), float("-inf"))
@@ -64,15 +70,17 @@ def lse_kernel(
 
 @triton.jit
 def _sum_tiles(
-    query, k, live, row, best, total, scale, k_row, live_row, rows, low, gap, count, jump,
-    MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    query, k, live, row, best, total, position, asked, slope, scale, softcap, k_row, live_row,
+    rows, low, gap, count, jump,
+    MASKED: tl.constexpr, RULED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Take `count` tiles of keys from `low` on into maximum and sum; after `gap` tiles, `jump`."""
     at_n, at_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     # what moves from step to step is one number
     key_at = k + at_n.to(tl.int64)[:, None] * k_row + at_d[None, :]
     empty = tl.zeros([query.shape[0], BLOCK_N], dtype=tl.float32)
+    unit = 1.0 if RULED else scale
     for step in tl.range(0, count, num_stages=STAGES):
         tile = low + step
         if MASKED:
@@ -84,14 +92,19 @@ def _sum_tiles(
         offset = tl.cast(tile * BLOCK_N, tl.int64) * k_row
         key = tl.load(key_at + offset, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
         score = dot(query, tl.trans(key), empty)  # [BLOCK_M, BLOCK_N]
+        if RULED:
+            held = None
+            if slope is not None:
+                held = tl.load(position + entry, mask=entry < rows, other=0)[None, :]
+            score = ruled(score, scale, softcap, slope, asked, held)
         if MASKED:
             alive = tl.load(live + entry.to(tl.int64) * live_row, mask=entry < rows, other=0) != 0
             seen = alive[None, :] & (entry[None, :] <= row[:, None])
             score = tl.where(seen, score, float("-inf"))
-        now = tl.maximum(best, tl.max(score, 1) * scale)
+        now = tl.maximum(best, tl.max(score, 1) * unit)
         # -inf minus -inf is no number
         base = tl.where(now == float("-inf"), 0.0, now) if MASKED else now
-        weight = tl.exp2(score * scale - base[:, None])
+        weight = tl.exp2(score * unit - base[:, None])
         total = total * tl.exp2(best - base) + tl.sum(weight, 1)
         best = now
     return best, total
@@ -116,74 +129,3 @@ def merge_kernel(partial, lse, queries, parts, BLOCK_M: tl.constexpr):
     seen = total > 0.0
     value = tl.where(seen, best + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
     tl.store(lse + pair * queries + at_m, value, mask=mask)
-
-
-@triton.jit
-def column_kernel(
-    q, k, live, span, lse, received, scale, factor,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, live_batch, live_head, live_row,
-    kv_heads, rows, first, ahead,
-    REPEAT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One program per block of keys, row of the batch and KV head: all queries from its rows on."""
-    block = tl.program_id(0)
-    pair = tl.program_id(1).to(tl.int64)
-    batch, kv_head = pair // kv_heads, pair % kv_heads
-    q += batch * q_batch + kv_head * REPEAT * q_head - tl.cast(ahead, tl.int64) * q_row
-    lse += pair * REPEAT * (rows - first)
-    entry, at_d = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    key_at = k + batch * k_batch + kv_head * k_head
-    key_at += entry.to(tl.int64)[:, None] * k_row + at_d[None, :]
-    mask = (entry < rows)[:, None] & (at_d < WIDTH)[None, :]
-    key = tl.load(key_at, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
-    start, clean = tl.load(span + pair * 2), tl.load(span + pair * 2 + 1)
-    # the first row that sees one of these keys, and the first one from where on all rows see all
-    sees = tl.maximum(tl.maximum(block * BLOCK_N, start), first) - first
-    full = tl.maximum(tl.maximum(block * BLOCK_N + BLOCK_N - 1, clean), first) - first
-    # a block of padding gets nothing
-    high = tl.where(block * BLOCK_N + BLOCK_N <= start, 0, tl.cdiv(rows - first, BLOCK_M))
-    low = tl.minimum(sees // BLOCK_M, high)
-    shut = tl.minimum(tl.maximum(tl.cdiv(full, BLOCK_M), low), high)
-    total = tl.zeros([BLOCK_N], dtype=tl.float32)
-    total = _add_tiles(
-        key, q, lse, entry, total, scale, q_head, q_row, rows, first, shut, high,
-        False, REPEAT, WIDTH, BLOCK_D, BLOCK_M, STAGES,
-    )  # fmt: skip
-    total = _add_tiles(
-        key, q, lse, entry, total, scale, q_head, q_row, rows, first, low, shut,
-        True, REPEAT, WIDTH, BLOCK_D, BLOCK_M, 1,
-    )  # fmt: skip
-    live_at = live + batch * live_batch + kv_head * live_head + entry.to(tl.int64) * live_row
-    alive = tl.load(live_at, mask=entry < rows, other=0) != 0
-    total = tl.where(alive, total * factor, 0.0)
-    tl.store(received + pair * rows + entry, total, mask=entry < rows)
-
-
-@triton.jit
-def _add_tiles(
-    key, q, lse, entry, total, scale, q_head, q_row, rows, first, low, high,
-    MASKED: tl.constexpr, REPEAT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Add the weights of the rows in tiles `low` to `high`, head by head, to the keys' total."""
-    at_m, at_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    # what moves from step to step is one number
-    query_at = q + at_m.to(tl.int64)[:, None] * q_row + at_d[None, :]
-    empty = tl.zeros([key.shape[0], BLOCK_M], dtype=tl.float32)
-    for step in tl.range(low * REPEAT, high * REPEAT, num_stages=STAGES):
-        head, begin = step % REPEAT, step // REPEAT * BLOCK_M
-        inside = at_m < rows - first - begin
-        offset = tl.cast(head, tl.int64) * q_head + tl.cast(first + begin, tl.int64) * q_row
-        mask = inside[:, None] & (at_d < WIDTH)[None, :]
-        query = tl.load(query_at + offset, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
-        norm_at = lse + head * (rows - first) + begin + at_m
-        norm = tl.load(norm_at, mask=inside, other=float("inf"))
-        score = dot(key, tl.trans(query), empty)  # [BLOCK_N, BLOCK_M]
-        score = score * scale - norm[None, :]
-        if MASKED:
-            row = first + begin + at_m
-            seen = (entry[:, None] <= row[None, :]) & (norm < float("inf"))[None, :]
-            score = tl.where(seen, score, float("-inf"))
-        total += tl.sum(tl.exp2(score), 1)
-    return total

@@ -8,6 +8,7 @@ from kvfx.errors import PolicyError
 from kvfx.policies.ada_kv import AdaKV
 from kvfx.policies.auto import Auto
 from kvfx.policies.cache_blend import CacheBlend
+from kvfx.policies.cache_latent import CacheLatent
 from kvfx.policies.cake import CAKE
 from kvfx.policies.cam import CaM
 from kvfx.policies.chunk_kv import ChunkKV
@@ -48,6 +49,7 @@ from kvfx.policy import Policy
 
 METHODS: tuple[type[Policy], ...] = (
     Full,
+    CacheLatent,
     KIVI,
     StreamingLLM,
     H2O,
@@ -122,6 +124,7 @@ __all__ = [
     "Auto",
     "CaM",
     "CacheBlend",
+    "CacheLatent",
     "ChunkKV",
     "DBudgetKV",
     "DynamicKV",

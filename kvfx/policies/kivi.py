@@ -42,6 +42,7 @@ class KIVI(Store):
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.02750"
     room: ClassVar[str] = "kivi"
     flushes: ClassVar[bool] = True
+    biased: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check every knob."""

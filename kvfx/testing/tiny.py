@@ -31,6 +31,21 @@ COMMON: dict[str, object] = {
 }
 HEADS: dict[str, object] = {"head_dim": 16}
 FOUR_LAYERS: dict[str, object] = {"num_hidden_layers": 4}
+# keys and values of all heads from 16 + 8 numbers; experts in the second layer, where there are any
+LATENT: dict[str, object] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
 LAYER_TYPES = ["sliding_attention", "full_attention"]
 
 # model type -> what differs from COMMON
@@ -70,6 +85,9 @@ TINY: dict[str, dict[str, object]] = {
     "bloom": {"n_layer": 2, "n_head": 4},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 512},
+    "deepseek_v2": LATENT | {"head_dim": 8},
+    "deepseek_v3": LATENT | {"head_dim": 8},
+    "minicpm3": LATENT | {"scale_emb": 1.0, "scale_depth": 2.0, "tie_word_embeddings": False},
     "gpt_oss": {**HEADS, "sliding_window": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from kvfx.errors import PolicyError
 from kvfx.geometry import Causal, Site
 from kvfx.op_table import BACKENDS, OPS
 from kvfx.ops import backend_of, name_of, overload, score_op
-from kvfx.policies import KIVI, Full, WindowRing
+from kvfx.policies import KIVI, CacheLatent, Full, WindowRing
 from kvfx.policies.flat_dense import FlatDense
 
 BATCH, KV_HEADS, HEADS, WIDTH, ROWS, CAPACITY = 2, 2, 6, 32, 5, 96
@@ -79,6 +80,12 @@ def room_samples(room: str) -> dict:
     return {name: sample for name, sample in found.items() if name in OPS}
 
 
+def latent() -> list[Tensor]:
+    """Buffers of rows that all heads share, as wide as `rows`."""
+    site = replace(SITE, latent=(WIDTH - 8, 8))
+    return [b.allocate(BATCH, CAPACITY, CPU) for b in CacheLatent().buffers(site).values()]
+
+
 def counts() -> Tensor:
     return torch.full((BATCH, KV_HEADS), 3)
 
@@ -107,6 +114,8 @@ SAMPLES = {
     "score_columns": (lambda: (rows(HEADS), rows(), keep()), {"scale": 0.2}),
     "score_key_norm": (lambda: (rows(), keep()), {}),
     "score_key_difference": (lambda: (rows(), keep()), {}),
+    "store_latent": (lambda: (rows(1), keep(), *latent()), {}),
+    "append_latent": (lambda: (rows(1, 1), keep(1), *latent()), {}),
     "store_entries": (lambda: (scores(), keep(), counts().int(), scores(CAPACITY)), {}),
     "extend_entries": (
         lambda: (scores(CAPACITY + ROWS), keep(), counts().int(), scores(CAPACITY)),

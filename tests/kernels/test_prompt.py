@@ -36,7 +36,7 @@ def test_accuracy(rows, window, padding, repeat):
     k, v = torch.randn(2, 2, rows, 16), torch.randn(2, 2, rows, 12)
     positions = torch.arange(rows).expand(2, rows).clone()
     positions[1] = (positions[1] - padding).clamp(min=-1)
-    out = attend(q, k, v, positions, SCALE, window)
+    out = attend(q, k, v, positions, scale=SCALE, window=window)
     expected = truth(q, k, v, positions, window)
     plain = truth(q, k, v, positions, window).float()
     assert out.transpose(1, 2).is_contiguous()
@@ -50,7 +50,7 @@ def test_accuracy(rows, window, padding, repeat):
 def test_edges_of_blocks(rows, window):
     q, k, v = torch.randn(1, 2, rows, 8), torch.randn(1, 1, rows, 8), torch.randn(1, 1, rows, 8)
     positions = (torch.arange(rows)[None] - 2).clamp(min=-1)
-    out = attend(q, k, v, positions, SCALE, window)
+    out = attend(q, k, v, positions, scale=SCALE, window=window)
     expected = truth(q, k, v, positions, window)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -65,16 +65,16 @@ def test_low_precision(padding):
         q, k, v, attn_mask=mask, scale=SCALE, enable_gqa=True
     )
     plain[:, :, :padding] = 0
-    out = attend(q, k, v, positions, SCALE)
+    out = attend(q, k, v, positions, scale=SCALE)
     assert_as_accurate_as(out, low_precision=plain, truth=truth(q, k, v, positions, None))
 
 
 def test_padding_may_hold_anything_finite():
     q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
     positions = (torch.arange(9)[None] - 3).clamp(min=-1)
-    before = attend(q, k, v, positions, SCALE)
+    before = attend(q, k, v, positions, scale=SCALE)
     k[:, :, :3], v[:, :, :3] = 1e4, -1e4
-    assert torch.equal(attend(q, k, v, positions, SCALE), before)
+    assert torch.equal(attend(q, k, v, positions, scale=SCALE), before)
 
 
 def test_the_mask_decides_until_it_is_proven():
@@ -82,9 +82,11 @@ def test_the_mask_decides_until_it_is_proven():
     index = torch.arange(7)
     mask = (index[:, None] >= index) & (index[:, None] - index < 3)
     positions = index.expand(2, 7)
-    by_mask = attention(q, k, v, mask, None, SCALE, 2)
-    by_position = attention(q, k, v, None, positions, SCALE, 2, 3)
+    by_mask = attention(q, k, v, mask, None, scale=SCALE, kv_repeat=2)
+    by_position = attention(q, k, v, None, positions, scale=SCALE, kv_repeat=2, window=3)
     torch.testing.assert_close(by_mask, by_position)
-    causal = attention(q, k, v, None, None, SCALE, 2)
-    torch.testing.assert_close(causal, attention(q, k, v, None, positions, SCALE, 2))
+    causal = attention(q, k, v, None, None, scale=SCALE, kv_repeat=2)
+    torch.testing.assert_close(
+        causal, attention(q, k, v, None, positions, scale=SCALE, kv_repeat=2)
+    )
     assert not torch.allclose(causal, by_mask)

@@ -63,7 +63,7 @@ def test_attend_of_a_whole_prompt_is_that_of_the_prompt_room(rows, window):
     q, k, v = live((2, 2, rows, 8, 8), torch.float32)
     positions = torch.arange(rows).expand(2, rows)
     out = reference.attend_rows(q, positions, k, v, scale=SCALE, window=window)
-    expected = prompt.attend(q, k, v, positions, SCALE, window)
+    expected = prompt.attend(q, k, v, positions, scale=SCALE, window=window)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     assert out.stride() == expected.stride()
 

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.testing import FileCheck
 
-from kvfx.geometry import Causal, Window
+from kvfx.constants import tensor_of
+from kvfx.geometry import Causal, Chunk, Window
+from kvfx.mask_proof import LONGEST
 from kvfx.passes.canonicalize import Canonicalize
 from kvfx.passes.match_attention import MatchAttention
-from kvfx.passes.match_masks import LONGEST, MatchMasks
+from kvfx.passes.match_masks import MatchMasks
 
 RAISE = [Canonicalize(), MatchAttention(), MatchMasks()]
 
@@ -52,6 +54,30 @@ def by_position(size: int) -> Mask:
     return Mask(seen)
 
 
+def chunks(size: int, written=lambda seen: seen) -> Mask:
+    """Rows see the earlier keys of their own block of `size`."""
+
+    def seen(d, ids, p):
+        block = torch.arange(ids.shape[1]) // size
+        return written((d >= 0) & (block[:, None] == block))
+
+    return Mask(seen)
+
+
+def out_of_sight(d: Tensor, size: int | None) -> Tensor:
+    return (d < 0) if size is None else (d < 0) | (d >= size)
+
+
+def sloped(slopes: list[float], *, bias=lambda d: -d, size: int | None = None) -> Mask:
+    """Each head loses its slope per position of distance (ALiBi)."""
+
+    def mask(d, ids, p):
+        lost = torch.tensor(slopes)[:, None, None] * bias(d).float()
+        return lost.masked_fill(out_of_sight(d, size), torch.finfo(torch.float32).min)[None]
+
+    return Mask(mask)
+
+
 PROVEN = {
     "comparison": (Mask(lambda d, ids, p: d >= 0), Causal()),
     "tril": (Mask(lambda d, ids, p: torch.ones(d.shape, dtype=torch.bool).tril()), Causal()),
@@ -66,6 +92,10 @@ PROVEN = {
     "window 50000, negated": (Mask(lambda d, ids, p: (d >= 0) & (-d > -50000)), Window(50000)),
     "window 50001 by at most": (Mask(lambda d, ids, p: (d >= 0) & (d <= 50000)), Window(50001)),
     "positions": (by_position(70), Window(70)),
+    "chunk 8": (chunks(8), Chunk(8)),
+    "chunk 50, beyond the shortest probe": (chunks(50), Chunk(50)),
+    "chunk 8192": (chunks(8192), Chunk(8192)),
+    "chunk 8192, additive": (chunks(8192, additive), Chunk(8192)),
 }
 
 
@@ -76,9 +106,9 @@ def test_proven(decoder, captured_decoder, apply, run, inputs, mask, fact):
     stats = apply(graph, RAISE)
     assert stats.hits == {str(fact): 1}
     assert not stats.misses
-    size = fact.size if isinstance(fact, Window) else None
+    rules = "" if isinstance(fact, Causal) else f", {str(fact).replace(' ', '=')}"
     FileCheck().check_count("kvfx.attention", 1, exactly=True).check_same(
-        f"None, %position_ids, scale=0.353553, kv_repeat=1, window={size})"
+        f"None, %position_ids, scale=0.353553, kv_repeat=1{rules})"
     ).check_same(f"attention <- sdpa, {fact}").run(graph.text)
     # nothing of the mask is left
     assert "arange" not in graph.text
@@ -96,7 +126,34 @@ def test_no_mask_is_causal(decoder, captured_decoder, apply):
     assert apply(graph, RAISE).hits == {"causal": 1}
 
 
-NEITHER = "the mask is neither causal nor a causal window"
+@pytest.mark.parametrize(("size", "name"), [(None, "causal"), (6, "window 6")])
+@pytest.mark.parametrize("bias", [lambda d: -d, lambda d: 7 - d, None], ids=["d", "7 - d", "key"])
+def test_slopes(decoder, captured_decoder, apply, run, inputs, size, name, bias):
+    """A bias that falls with distance is one slope per head, whatever is added to whole rows."""
+    slopes = [0.5, 0.0625]
+    mask = sloped(slopes, bias=bias, size=size) if bias else by_key(slopes, size)
+    module = decoder(mask)
+    graph = captured_decoder(module)
+    assert apply(graph, RAISE).hits == {f"{name}, slopes": 1}
+    (node,) = graph.calls(torch.ops.kvfx.attention.default)
+    torch.testing.assert_close(tensor_of(graph, node.kwargs["slopes"]), torch.tensor(slopes))
+    for rows in (1, 2, 63):
+        given = inputs(2, rows)
+        torch.testing.assert_close(run(graph, *given)[0], module(*given), rtol=1e-4, atol=1e-4)
+
+
+def by_key(slopes: list[float], size: int | None) -> Mask:
+    """The same bias as Bloom writes it: by the position of the key alone."""
+
+    def mask(d, ids, p):
+        added = torch.tensor(slopes)[:, None, None] * torch.arange(ids.shape[1])
+        added = added.expand(-1, ids.shape[1], -1)[None]
+        return added.masked_fill(out_of_sight(d, size), torch.finfo(torch.float32).min)
+
+    return Mask(mask)
+
+
+NEITHER = "the mask is neither causal nor a causal window nor a causal chunk"
 REFUSED = {
     "prefix": (
         lambda d, ids, p: (d >= 0) | (torch.arange(ids.shape[1]) < 5),
@@ -121,12 +178,27 @@ REFUSED = {
         "the mask is window ",
     ),
     "bias": (
-        lambda d, ids, p: torch.where(d >= 0, -0.1 * d, torch.finfo(torch.float32).min),
-        "the mask adds a bias that is neither 0 nor minus infinity",
+        sloped([0.5, 0.1], bias=lambda d: -d.clamp(max=9)).function,
+        "the mask adds a bias that is not linear in distance",
+    ),
+    "bias by square": (
+        sloped([0.5, 0.1], bias=lambda d: -d * d).function,
+        "the mask adds a bias that is not linear in distance",
     ),
     "heads": (
         lambda d, ids, p: (d >= 0) & (d < torch.tensor([3, 9])[None, :, None, None]),
-        "the mask differs between heads or rows of the batch",
+        "the mask differs between heads",
+    ),
+    "rows of the batch": (
+        lambda d, ids, p: (d >= 0) & (d < 5 + torch.arange(ids.shape[0])[:, None, None, None]),
+        "the mask differs between rows of the batch",
+    ),
+    "chunks of different lengths": (
+        lambda d, ids, p: (
+            (d >= 0)
+            & ((torch.arange(ids.shape[1]) < 20)[:, None] == (torch.arange(ids.shape[1]) < 20))
+        ),
+        NEITHER,
     ),
     "tokens": (
         lambda d, ids, p: (d >= 0) & (ids != 0)[:, None, None],
@@ -183,7 +255,7 @@ def test_a_hidden_window_is_never_causal(decoder, captured_decoder, apply, mask)
     stats = apply(graph, RAISE)
     assert "causal" not in stats.hits
     for fact in stats.hits:
-        assert fact in ("window 100", "window 50000")
+        assert fact in ("window 100", "window 50000", "chunk 100")
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,21 @@ def test_layers_that_are_skipped_are_paid_by_the_others():
         compressed(KVMerger(budget=0.3, skip_layers=True), tiny_llama(layers=8))
 
 
-def test_votes_need_attention_that_counts_them():
+def test_votes_count_over_codes_as_over_rows():
+    model, logits = tiny_llama(head_dim=32), []
+    for scale, store in (("votes", Full()), ("votes", KIVI(8, residual=0)), ("none", Full())):
+        policy = KVMerger(budget=60, sinks=1, value_scale=scale, interval=4) | store
+        fast = compressed(policy, model)
+        past = fast.new_cache()
+        fast(**left_padded((140, 90)), past_key_values=past)
+        steps = [fast(torch.full((2, 1), 5), past_key_values=past).logits for _ in range(6)]
+        logits.append(torch.cat(steps, 1))
+    rows, codes, uncounted = logits
+    assert (codes - rows).abs().max() < 0.1 * (uncounted - rows).abs().max()
+
+
+def test_votes_need_attention_that_counts_them(monkeypatch):
+    monkeypatch.setattr(KIVI, "biased", False)
     policy = KVMerger(value_scale="votes") | KIVI(8, residual=0)
     with pytest.raises(UnsupportedShape, match="votes are added to scores"):
         compressed(policy, tiny_llama(head_dim=32))

@@ -1,0 +1,1 @@
+"""Which tokens a cache holds, and how, after every step: `fast.trace_cache(prompt_ids)`."""
