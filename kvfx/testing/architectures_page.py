@@ -17,7 +17,7 @@ WORKS = "## What works"
 REFUSED = "## What is refused, and why"
 HEAD = (
     "type", "class", "sites", "written as", "who is seen", "rope", "rules", "heads",
-    "bytes per token", "runs under",
+    "bytes per token", "cut", "runs under",
 )  # fmt: skip
 
 
@@ -28,7 +28,8 @@ def row(finding: Finding) -> str:
     else:
         cells = (
             finding.model_type, finding.kind, str(finding.sites), finding.roots, finding.masks,
-            finding.rope, finding.rules, finding.heads, finding.entry, finding.policies,
+            finding.rope, finding.rules, finding.heads, finding.entry, finding.cut,
+            finding.policies,
         )  # fmt: skip
     return f"| {' | '.join(cell.replace('|', '/') or '-' for cell in cells)} |"
 
@@ -60,8 +61,10 @@ model takes positions. Your own model need not be here: [a decoder of your own](
 
 *written as*: one call of SDPA, or products around a softmax. *rope* is the rotary embedding that
 was proven (style and rotated channels): where there is none, policies that move keys are refused.
-*bytes per token* are those of the tiny model's keys and values in one layer, in fp32. *runs under*:
-policies that ran; sites with a window or chunks keep a ring, the others follow the policy.
+*bytes per token* are those of the tiny model's keys and values in one layer, in fp32; *cut*, where
+there is one, those of the narrowest tensors that keys and values are computed from token by token,
+which `CacheLatent()` keeps instead. *runs under*: policies that ran; sites with a window or chunks
+keep a ring, the others follow the policy.
 
 | {" | ".join(HEAD)} |
 | {" | ".join("---" for _ in HEAD)} |

@@ -46,11 +46,13 @@ class Finding:
     rules: str = ""
     heads: str = ""
     entry: str = ""
+    cut: str = ""
     policies: str = ""
 
 
 def examine(model_type: str) -> Finding:
-    """Compress a tiny model under `Full()`, KIVI and SnapKV, and compare it with itself.
+    """Compress a tiny model under `Full()`, KIVI, SnapKV, and CacheLatent where K and V come from
+    something narrower, and compare it with itself.
 
     Raises AssertionError where kvfx computes something else, or changes the model.
     """
@@ -74,6 +76,12 @@ def examine(model_type: str) -> Finding:
         notes = [site.note for site in fast.report.sites if site.note.startswith("dense")]
         assert bool(torch.isfinite(through(fast, *prompts(), shift=0)).all()), name
         run.append(f"no {name}: {notes[0]}" if notes else name)
+    if any(site.site.latent for site in full.plan.sites):
+        latent = kvfx.CacheLatent()
+        fast = kvfx.compress(model, latent, compile=False, verify=False, strict=False)
+        # exact up to rounding, as `Full()` is
+        compare(model, fast)
+        run.append("CacheLatent")
     assert fingerprint(model) == before, "the model was changed"
     return described(model_type, kind, full, run)
 
@@ -83,6 +91,7 @@ def described(model_type: str, kind: str, full: CompressedModel, run: list[str])
     sites = [site.site for site in full.plan.sites]
     rules = {"softcap": "softcap", "slopes": "ALiBi", "sinks": "sinks"}
     bits = sites[0].dtype.itemsize
+    cut = (sum(site.latent) * bits for site in sites if site.latent)
     wide = sorted({site.kv_heads * (site.head_dim + site.value_dim) * bits for site in sites})
     raised = full.trail["match-attention"].statistics.hits
     return Finding(
@@ -95,6 +104,7 @@ def described(model_type: str, kind: str, full: CompressedModel, run: list[str])
         rules=_listed(word for name, word in rules.items() if getattr(sites[0], name)),
         heads=_listed(f"{x.heads}/{x.kv_heads} of {x.head_dim}" for x in sites),
         entry=_listed(map(str, wide)),
+        cut=_listed(map(str, cut)),
         policies=_listed(("Full", *run)),
     )
 

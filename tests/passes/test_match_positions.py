@@ -78,6 +78,8 @@ def test_what_counts_by_one_reads_positions(apply, run, index, offset):
 class Turned(nn.Module):
     """Phases of positions that are counted, [1, 1, S] or [1, S, 1], as rotary embeddings do."""
 
+    turns: Tensor
+
     def __init__(self, axis):
         super().__init__()
         self.tokens, self.axis = nn.Embedding(50, 8), axis
