@@ -468,7 +468,7 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         str,
-        typer.Option(help="perplexity, needle, needle-prose, needle-noise, needle-4-keys."),
+        typer.Option(help="perplexity, needle, ruler, or single tasks (docs/eval.md lists them)."),
     ] = "perplexity,needle",
     lengths: Annotated[str, typer.Option(help="Tokens of each context.")] = "1024",
     windows: Annotated[int, typer.Option(min=1, help="Windows of text for perplexity.")] = 8,

@@ -172,7 +172,7 @@ def _per_row(x: Tensor, _: Tensor) -> Tensor:
 
 
 def _attend_rows(
-    q: Tensor, position_ids: Tensor, k_rows: Tensor, v_rows: Tensor, **_: object
+    q: Tensor, position_ids: Tensor, k_rows: Tensor, v_rows: Tensor, *_: object, **__: object
 ) -> Tensor:
     return _like_query(q, k_rows, v_rows)
 

@@ -98,10 +98,15 @@ def refuse_counted_rows(graph: Graph) -> None:
     positions would get wrong values.
     """
     inputs = [graph.input("input_ids"), graph.input("position_ids")]
-    known, rows = dependents(graph, inputs), inputs[0].meta["val"].shape[1].node.expr
+    known, (batch, rows) = dependents(graph, inputs), map(_size, inputs[0].meta["val"].shape)
     for node in graph.nodes:
-        if isinstance(node.meta.get("val"), Tensor) and node not in known and node.users:
-            _refuse_unless(not counts_rows(node, rows), node, "counts rows by their index")
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or node in known or not node.users:
+            continue
+        # as many as there are tokens in the batch: experts number them, and ask for no position
+        sizes = [_size(size).free_symbols for size in value.shape]
+        counted = any(rows in size and batch not in size for size in sizes)
+        _refuse_unless(not counted, node, "counts rows by their index")
 
 
 def counts_rows(node: fx.Node, rows: sympy.Expr) -> bool:

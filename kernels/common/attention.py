@@ -189,9 +189,12 @@ def ruled_attention(
     distance: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """Attention written out, for rules that SDPA does not know: fp32, seen [B, K, S, T]."""
-    rows = q.unflatten(1, (k.shape[1], -1)).float()
-    score = torch.einsum("bkmsd,bktd->bkmst", rows * scale, k.float())
+    """Attention written out, for rules that SDPA does not know: in fp32 (fp64 stays what it is),
+    seen [B, K, S, T].
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    rows = q.unflatten(1, (k.shape[1], -1)).to(dtype)
+    score = torch.einsum("bkmsd,bktd->bkmst", rows * scale, k.to(dtype))
     score = rules.scores(score, distance, None if bias is None else bias[:, :, None])
     weight = rules.weights(score.masked_fill(~seen[:, :, None], float("-inf")))
-    return torch.einsum("bkmst,bktd->bkmsd", weight, v.float()).flatten(1, 2).to(q.dtype)
+    return torch.einsum("bkmst,bktd->bkmsd", weight, v.to(dtype)).flatten(1, 2).to(q.dtype)

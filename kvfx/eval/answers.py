@@ -1,8 +1,8 @@
-"""Whether a generated task is answered through the cache: greedy decoding, without decoding."""
+"""Whether a generated task is answered through the cache: greedy decoding, mostly without it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvfx.eval.tasks.sample import Draw, Task
+from kvfx.eval.tasks.sample import Draw, Sample, Task
 from kvfx.eval.text import Corpus, prefix_ids, token_ids
 
 if TYPE_CHECKING:
@@ -23,33 +23,45 @@ if TYPE_CHECKING:
 HIDDEN, VISIBLE = "hidden", "visible"
 # where the dense model itself answers less, nothing is measured
 CEILING = 0.8
+# an answer in other words may be that many tokens longer
+MORE = 16
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample as tokens: what is compressed, what is read through the cache, the answer [S]."""
+    """A sample as tokens: what is compressed, what is read through the cache, the answer [S].
+
+    `score` gives the share of the answer that decoded tokens say; None: all of it, or nothing.
+    """
 
     depth: float
     context: Tensor
     question: Tensor
     answer: Tensor
+    score: Callable[[Sequence[int]], float] | None = None
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Per sample: its depth, whether every token of the answer was the most probable one, and the
-    answer's negative log-likelihood in nats; `cache_bytes` as allocated after the last sample.
+    """Per sample: its depth, whether every token of the answer was the most probable one (of an
+    answer that has parts: the share of them that was said, 0.0 to 1.0), and the answer's negative
+    log-likelihood in nats; `cache_bytes` as allocated after the last sample.
     """
 
     depths: tuple[float, ...]
-    hits: tuple[bool, ...]
+    hits: tuple[float, ...]
     nll: tuple[float, ...]
     cache_bytes: int
 
     @property
     def rate(self) -> float:
-        """The fraction of samples that were answered."""
+        """The fraction of samples that were answered, or the mean share of parts."""
         return sum(self.hits) / len(self.hits)
+
+    @property
+    def answered(self) -> tuple[bool, ...]:
+        """Per sample, whether all of the answer was given."""
+        return tuple(hit == 1 for hit in self.hits)
 
     @property
     def below_ceiling(self) -> bool:
@@ -87,18 +99,19 @@ def make_prompts(
         if question == VISIBLE:
             context, asked = context + asked, []
         tensors = (torch.tensor(ids, dtype=torch.int64) for ids in (context, asked, answer))
-        prompts.append(Prompt(depth, *tensors))
+        prompts.append(Prompt(depth, *tensors, score=_score(task, sample, tokenizer)))
     return prompts
 
 
-def answer_prompt(fast: CompressedModel, prompt: Prompt) -> tuple[bool, float, CompressedCache]:
+def answer_prompt(fast: CompressedModel, prompt: Prompt) -> tuple[float, float, CompressedCache]:
     """Whether greedy decoding would give the answer, its negative log-likelihood, and the cache.
 
     Question and answer are read in one piece: if each of the answer's tokens is the most probable
     one after those before it, decoding them one by one gives them as well (unless entries are
     evicted in between, which a policy with an `interval` of that many tokens does not do). The
     first token of an answer to a visible question comes from the prompt's own attention, which is
-    exact.
+    exact. Where an answer has parts and is not given as it stands, it is decoded, and the share of
+    the parts that are said is what counts.
     """
     cache = fast.new_cache()
     device = fast.device
@@ -110,4 +123,35 @@ def answer_prompt(fast: CompressedModel, prompt: Prompt) -> tuple[bool, float, C
         after = torch.cat((after, read))
     log_probs = after[-len(answer) :].double().log_softmax(-1)
     hit = bool((log_probs.argmax(-1) == answer).all())
-    return hit, -float(log_probs.gather(1, answer[:, None]).sum()), cache
+    nll = -float(log_probs.gather(1, answer[:, None]).sum())
+    if prompt.score is None:
+        return hit, nll, cache
+    return 1.0 if hit else prompt.score(_decode(fast, prompt)), nll, cache
+
+
+def _decode(fast: CompressedModel, prompt: Prompt) -> list[int]:
+    """What greedy decoding says, a few tokens more than the answer."""
+    cache, context = fast.new_cache(), prompt.context.to(fast.device)
+    logits = fast(context[None], past_key_values=cache, logits_to_keep=1).logits
+    if len(prompt.question) > 0:
+        logits = fast(prompt.question.to(fast.device)[None], past_key_values=cache).logits
+    said = [int(logits[0, -1].argmax())]
+    while len(said) < len(prompt.answer) + MORE:
+        new = torch.tensor([said[-1:]], device=fast.device)
+        said.append(int(fast(new, past_key_values=cache).logits[0, -1].argmax()))
+    return said
+
+
+def _score(
+    task: Task, sample: Sample, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Sequence[int]], float] | None:
+    """The task's score of decoded tokens, up to the end that the model itself sets."""
+    score = task.score
+    if score is None:
+        return None
+
+    def of_tokens(said: Sequence[int]) -> float:
+        end = said.index(stop) if (stop := tokenizer.eos_token_id) in said else len(said)
+        return score(str(tokenizer.decode(list(said[:end]))), sample)
+
+    return of_tokens

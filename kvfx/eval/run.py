@@ -17,7 +17,7 @@ from kvfx.eval.fidelity import Fidelity, dense_log_probs, score_window
 from kvfx.eval.results import Measurement, Results, Setting
 from kvfx.eval.shared_prefill import share_prefill
 from kvfx.eval.suite import PERPLEXITY, Suite
-from kvfx.eval.tasks import TASKS
+from kvfx.eval.tasks import ALL_TASKS
 from kvfx.eval.text import digest, windows
 from kvfx.policies import Full
 from kvfx.policy import Policy
@@ -164,7 +164,7 @@ def _fidelity(
 
 def _answers_job(setting: Setting, model: Any, tokenizer: Any, suite: Suite, tell: Tell) -> Job:
     del model
-    task = TASKS[setting.task]
+    task = ALL_TASKS[setting.task]
     prompts = make_prompts(
         task,
         suite.text,
@@ -176,12 +176,13 @@ def _answers_job(setting: Setting, model: Any, tokenizer: Any, suite: Suite, tel
         seed=suite.seed,
     )
     tokens = [(p.context.tolist(), p.question.tolist(), p.answer.tolist()) for p in prompts]
-    setting = replace(
-        setting,
-        samples=suite.samples,
-        inputs_sha256=digest(tokens),
-        options={"question": suite.question, "template_sha256": digest(task.template)},
-    )
+    options: dict[str, int | str] = {
+        "question": suite.question,
+        "template_sha256": digest(task.template),
+    }
+    if task.score is not None:
+        options["score"] = task.score.__name__
+    setting = replace(setting, samples=suite.samples, inputs_sha256=digest(tokens), options=options)
     title = f"{task.name} at {setting.length} tokens"
     return Job(setting, lambda models: _answers(models, prompts, title, tell))
 
@@ -189,7 +190,7 @@ def _answers_job(setting: Setting, model: Any, tokenizer: Any, suite: Suite, tel
 def _answers(
     models: dict[Policy, CompressedModel], prompts: Sequence[Prompt], title: str, tell: Tell
 ) -> dict[Policy, Scores]:
-    found: dict[Policy, list[tuple[bool, float]]] = {policy: [] for policy in models}
+    found: dict[Policy, list[tuple[float, float]]] = {policy: [] for policy in models}
     sizes: dict[Policy, int] = {}
     for number, prompt in enumerate(prompts, 1):
         for policy, fast in models.items():

@@ -7,14 +7,19 @@ from dataclasses import dataclass
 
 from kvfx.errors import InputError
 from kvfx.eval.answers import HIDDEN, VISIBLE
-from kvfx.eval.tasks import TASKS
+from kvfx.eval.tasks import ALL_TASKS
 from kvfx.eval.text import Corpus
 from kvfx.policies.parse import nearest
 from kvfx.policy import Budget, Policy
 
 PERPLEXITY = "perplexity"
 # one word for several tasks
-FAMILIES = {"needle": ("needle-prose", "needle-noise")}
+FAMILIES = {
+    "needle": ("needle-prose", "needle-noise"),
+    "niah-single": ("needle-noise", "needle-prose", "niah-single-3"),
+    "niah-multikey": ("needle-4-keys", "needle-16-keys", "niah-multikey-2", "niah-multikey-3"),
+    "ruler": tuple(ALL_TASKS),
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def with_budgets(policies: Sequence[Policy], budgets: Sequence[Budget]) -> tuple
 
 def task_names(names: Sequence[str]) -> tuple[str, ...]:
     """The tasks that `names` stand for; an unknown one raises an InputError with the nearest."""
-    known = (PERPLEXITY, *TASKS)
+    known = (PERPLEXITY, *ALL_TASKS)
     chosen = [each for name in names for each in FAMILIES.get(name, (name,))]
     for name in chosen:
         if name not in known:

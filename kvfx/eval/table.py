@@ -82,6 +82,11 @@ def _section(group: Sequence[Measurement]) -> Section:
     ceiling = dense.scores if dense is not None else None
     low = isinstance(ceiling, Retrieval) and ceiling.below_ceiling
     remark = "rate [95 % Wilson interval]; p: exact McNemar test"
+    if "score" in setting.options:
+        remark = (
+            "answered: with all parts; rate: mean share of the parts [95 % bootstrap interval]; p: "
+            "exact McNemar test of answered"
+        )
     if low:
         remark = f"below ceiling: dense answers less than {CEILING:.0%}, so nobody is ranked"
     rows = tuple(_retrieval_row(found, dense, ranked=not low) for found in group)
@@ -117,15 +122,18 @@ def _retrieval_row(
 ) -> tuple[str, ...]:
     scores = found.scores
     assert isinstance(scores, Retrieval)
-    hits, samples = sum(scores.hits), len(scores.hits)
-    interval = _interval(wilson(hits, samples), ".0%")
+    answered, samples = sum(scores.answered), len(scores.hits)
+    edges: tuple[float, float] | None = wilson(answered, samples)
+    if "score" in found.setting.options:
+        edges = bootstrap_mean(scores.hits, found.setting.seed)
+    interval = _interval(edges, ".0%")
     p = "-"
     if ranked and dense is not None and dense is not found:
         assert isinstance(dense.scores, Retrieval)
-        p = f"{mcnemar(dense.scores.hits, scores.hits):.2g}"
+        p = f"{mcnemar(dense.scores.answered, scores.answered):.2g}"
     return (
         *_first(found, dense),
-        f"{hits} of {samples}",
+        f"{answered} of {samples}",
         f"{scores.rate:.0%}{interval}",
         p,
     )

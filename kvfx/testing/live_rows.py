@@ -39,6 +39,7 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "nope": ("smollm3", {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}),
     "yarn": ("llama", {"rope_parameters": YARN}),
     "window": ("mistral", {**THREE, "sliding_window": 5}),
+    "sinks": ("granite_swa", {"sliding_window": 5}),
     "learned positions": ("gpt2", {}),
 }
 ROTATED = tuple(name for name in MODELS if name != "learned positions")

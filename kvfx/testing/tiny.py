@@ -88,6 +88,7 @@ TINY: dict[str, dict[str, object]] = {
     "deepseek_v2": LATENT | {"head_dim": 8},
     "deepseek_v3": LATENT | {"head_dim": 8},
     "minicpm3": LATENT | {"scale_emb": 1.0, "scale_depth": 2.0, "tie_word_embeddings": False},
+    "granite_swa": {"sliding_window": 16, "layer_types": LAYER_TYPES},
     "gpt_oss": {**HEADS, "sliding_window": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
 

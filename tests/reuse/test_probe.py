@@ -12,6 +12,7 @@ from kvfx.capture import capture
 from kvfx.compiler import raised_graph
 from kvfx.errors import UnsupportedShape
 from kvfx.graph import Graph
+from kvfx.kernels.common import ruled
 from kvfx.kernels.reuse import reference
 from kvfx.pass_manager import Trail
 from kvfx.reuse import probe as probing
@@ -35,6 +36,9 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "nope": ("smollm3", {**TWO, "no_rope_layers": [1, 0]}),
     "yarn": ("llama", {"rope_parameters": YARN}),
     "window": ("mistral", {"sliding_window": 5}),
+    "sinks": ("granite_swa", {"sliding_window": 5}),
+    "sinks and experts": ("gpt_oss", {"sliding_window": 5}),
+    "capped": ("gemma2", {"sliding_window": 5}),
 }
 
 
@@ -117,12 +121,12 @@ def test_another_model_than_the_graph_is_seen():
 
 def test_rows_that_see_later_ones_are_seen(monkeypatch):
     model, raised = built("llama", "half")
-    monkeypatch.setattr(reference, "_reached", lambda asked, count, window: slice(0, count))
+    monkeypatch.setattr(reference, "_reached", lambda asked, count, rules: slice(0, count))
     monkeypatch.setattr(
-        reference,
-        "_seen",
-        lambda asked, held, window: torch.ones(
-            1, asked.shape[1], held.stop - held.start, dtype=torch.bool
+        ruled,
+        "inside",
+        lambda asked, held, rules: torch.ones(
+            1, 1, asked.shape[2], held.shape[-1], dtype=torch.bool
         ),
     )
     found = probed(model, raised)

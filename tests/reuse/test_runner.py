@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvfx.errors import InputError
+from kvfx.kernels.common import ruled
 from kvfx.kernels.reuse import reference
 from kvfx.passes.insert_reuse import Check
 from kvfx.reuse.runner import Runner
@@ -33,7 +34,9 @@ def test_all_rows_are_the_model(name):
     model, runner = built(name)
     tokens = some_tokens(TOKENS)
     logits, _ = dense(runner, tokens)
-    assert close(logits, model(tokens[None]).logits[0, -1], 1e-12)
+    # transformers takes the softmax beside sinks in fp32
+    within = 1e-6 if name == "sinks" else 1e-12
+    assert close(logits, model(tokens[None]).logits[0, -1], within)
 
 
 def test_fp32_and_bf16_models_run():
@@ -77,13 +80,13 @@ def test_no_row_sees_what_is_behind_it(name, monkeypatch):
     _, runner = built(name)
     assert not leaks(runner)
 
-    def bottom_right(asked: Tensor, held: slice, window: int | None) -> Tensor:
-        end = held.stop - asked.shape[1] + torch.arange(asked.shape[1])
-        return (torch.arange(held.start, held.stop) <= end[:, None])[None]
+    def bottom_right(asked: Tensor, held: Tensor, rules: object) -> Tensor:
+        end = held.shape[-1] - asked.shape[2] + torch.arange(asked.shape[2])
+        return (torch.arange(held.shape[-1]) <= end[:, None])[None, None]
 
-    monkeypatch.setattr(reference, "_reached", lambda asked, count, window: slice(0, count))
+    monkeypatch.setattr(reference, "_reached", lambda asked, count, rules: slice(0, count))
     assert not leaks(runner)
-    monkeypatch.setattr(reference, "_seen", bottom_right)
+    monkeypatch.setattr(ruled, "inside", bottom_right)
     assert leaks(runner)
 
 

@@ -9,11 +9,14 @@ from random import Random
 
 @dataclass(frozen=True)
 class Sample:
-    """A context that holds the answer, the question behind it, and the answer behind that."""
+    """A context that holds the answer, the question behind it, and the answer behind that; `parts`
+    is what an answer in other words has to say.
+    """
 
     context: str
     question: str
     answer: str
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,13 @@ class Draw:
 
 @dataclass(frozen=True)
 class Task:
-    """A generator under its name; `template` is every word of it that is not drawn."""
+    """A generator under its name; `template` is every word of it that is not drawn.
+
+    `score` gives the share of a sample's answer that a text says; None: the answer is right token
+    by token, or it is not.
+    """
 
     name: str
     template: str
     make: Callable[[Draw], Sample]
+    score: Callable[[str, Sample], float] | None = None
