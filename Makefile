@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PROMPT ?= Explain in two sentences why a key-value cache makes text generation faster.
 POLICY ?= k8v4
 TOKENS ?= 48
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test env clean
 

@@ -32,6 +32,17 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("ci")
+LONGEST = (
+    "test_matrix.py",
+    "test_long_replies.py",
+    "test_smollm2.py",
+    "test_layer_budgets.py",
+    "test_memory.py",
+    "test_eval_smollm2.py",
+    "test_examples.py",
+    "test_record.py",
+    "test_offline.py",
+)
 
 
 def pytest_configure() -> None:
@@ -40,7 +51,11 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """The longest files first, so that no worker ends alone; what needs a GPU is skipped where
+    there is none.
+    """
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if HAS_GPU:
         return
     for item in items:

@@ -53,7 +53,6 @@ LATENT: dict[str, object] = {"num_key_value_heads": 4, "head_dim": 8}
 ROPE: dict[str, object] = {"rope_type": "default", "rope_theta": 10_000.0}
 # model type -> what differs from FACTS; `...` leaves a field as its class has it
 CHANGES: dict[str, Mapping[str, object]] = {
-    "blt": {"encoder_hash_byte_group_vocab": 101},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8}},
     "gemma3n_text": {
@@ -96,6 +95,7 @@ PARTS = {
 DRAFTS = "it drafts for a larger model from that model's cache, and has none of its own"
 # model types that are not built here, and why
 UNBUILT = {
+    "blt": "it cuts bytes into patches by their values, which no graph can",
     "gemma3n": "its tower for images needs the package timm: load the text model, gemma3n_text",
     "gemma4_assistant": DRAFTS,
     "gemma4_unified_assistant": DRAFTS,

@@ -58,9 +58,8 @@ REFUSED = {
     "recurrent": (recurrent, "MambaForCausalLM has recurrent layers"),
     "partly recurrent": (
         partly_recurrent,
-        r"LlamaForCausalLM has recurrent layers \(linear_attention\)",
+        r"LlamaForCausalLM has recurrent layers \(linear_attention in layer 1\)",
     ),
-    "no positions": (lambda: tiny("bloom"), "BloomForCausalLM takes no position_ids"),
     "devices": (on_two_devices, "LlamaForCausalLM has weights on cpu, meta"),
 }
 

@@ -81,7 +81,9 @@ def test_an_encoder_decoder():
 def test_recurrent_layers():
     config = AutoConfig.for_model("mamba", **SMALL, state_size=4)
     model = AutoModelForCausalLM.from_config(config)
-    refused(model, CaptureError, "MambaForCausalLM has recurrent layers", "not a KV cache")
+    refused(
+        model, CaptureError, "MambaForCausalLM has recurrent layers", "their state is no KV cache"
+    )
 
 
 def test_weights_on_two_devices():

@@ -11,7 +11,8 @@ import kvfx
 from kvfx import KIVI, AdaKV, Auto, Full, KVMerger, PerLayer, PyramidKV, SnapKV, StreamingLLM
 from kvfx.errors import CapacityExceeded, CaptureError, InputError, PolicyError
 from kvfx.fit import bytes_asked, plan
-from kvfx.testing.tiny import left_padded, tiny, tiny_gemma3, tiny_llama
+from kvfx.testing.architectures import tiny_architecture
+from kvfx.testing.tiny import left_padded, tiny_gemma3, tiny_llama
 
 WIDE = tiny_llama(head_dim=32)
 
@@ -115,7 +116,7 @@ def test_what_makes_no_sense_is_refused(wrong, error, reason):
 
 def test_a_model_that_cannot_be_captured_is_refused():
     with pytest.raises(CaptureError, match="no attention was found"):
-        plan(tiny("gpt_oss"), "full", memory="1MiB")
+        plan(tiny_architecture("cpmant"), "full", memory="1MiB")
 
 
 @pytest.mark.parametrize(
