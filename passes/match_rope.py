@@ -24,7 +24,7 @@ ARITHMETIC = {
     aten.select.int, aten.to.dtype, aten._to_copy.default,
     aten.view.default, aten.reshape.default, aten.transpose.int,
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
-    aten.permute.default, aten.type_as.default,
+    aten.permute.default, aten.type_as.default, aten.unflatten.int,
     aten.view_as_complex.default, aten.view_as_real.default,
 }
 # fmt: on
@@ -148,7 +148,9 @@ def peel_rotation(
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta["val"], Tensor)
+    """Whether it is one tensor of real channels: pairs may be complex numbers, or an axis."""
+    value = node.meta["val"]
+    return isinstance(value, Tensor) and not value.is_complex() and value.dim() <= 4
 
 
 def _structure(node: fx.Node, pre: fx.Node, by_tokens: set[fx.Node]) -> tuple[object, ...]:

@@ -215,6 +215,21 @@ def rotation(rope: Rope, factor: float = 1.0, size: int = 12):
     return matrix
 
 
+def complex_turned(x: Tensor, angle: Tensor) -> Tensor:
+    """Llama's own form: pairs of channels are complex numbers."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    turns = torch.polar(torch.ones_like(angle), angle)
+    return torch.view_as_real(pairs * turns).flatten(3).type_as(x)
+
+
+def test_the_complex_form_is_matched(decoder, captured_decoder, apply):
+    turn = Turn(lambda x, p, _: complex_turned(x, angles(p)))
+    graph = captured_decoder(decoder(Causal(), turn))
+    stats = apply(graph, RAISE)
+    assert stats.hits == {"rope interleaved 8": 1}, stats.misses
+    assert graph.sites[0].rope.frequencies == pytest.approx((1.0, 0.1, 0.01, 0.001), rel=1e-6)
+
+
 @pytest.mark.parametrize("style", ["half", "interleaved"])
 @pytest.mark.parametrize("frequencies", [(1.0,), (1.0, 0.03), (2.0, 0.5, 1e-3, 1e-4)], ids=str)
 @pytest.mark.parametrize("factor", [1.0, 1.138])
