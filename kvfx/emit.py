@@ -71,14 +71,14 @@ class Emitter:
         self, name: str, operands: Mapping[str, fx.Node | None], attributes: Attributes
     ) -> fx.Node:
         """One kvfx op, which takes those operands that its schema names."""
-        rules, arguments = self.rules(), overload(name)._schema.arguments
+        known: dict[str, Argument] = {**operands, **self.rules()}
+        arguments = overload(name)._schema.arguments
         taken = [argument for argument in arguments if not argument.kwarg_only]
-        while taken[-1].has_default_value() and {**operands, **rules}.get(taken[-1].name) is None:
+        while taken[-1].has_default_value() and known.get(taken[-1].name) is None:
             taken.pop()
-        values = ({**operands, **rules}.get(argument.name) for argument in taken)
-        if "softcap" in rules and any(argument.name == "softcap" for argument in arguments):
-            attributes = {**attributes, "softcap": cast(float, rules["softcap"])}
-        return self.op(name, *values, **attributes)
+        if "softcap" in known and any(argument.name == "softcap" for argument in arguments):
+            attributes = {**attributes, "softcap": cast(float, known["softcap"])}
+        return self.op(name, *(known.get(argument.name) for argument in taken), **attributes)
 
     def rules(self) -> dict[str, Argument]:
         """What attention does at this site besides scaled products inside a window, as arguments of

@@ -275,9 +275,7 @@ def _site(plan: SitePlan, ops: dict[str, tuple[str, ...]]) -> SiteReport:
         head_dim=site.head_dim,
         policy=" | ".join(map(short_policy, parts)),
         ops=ops,
-        before=0
-        if site.reads is not None
-        else site.kv_heads * (site.head_dim + site.value_dim) * site.dtype.itemsize,
+        before=0 if site.reads is not None else site.width * site.dtype.itemsize,
         after=site_bytes(plan, 1, LENGTH) / LENGTH,
         entries=_entries(plan),
         note=plan.note,

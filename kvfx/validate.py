@@ -49,7 +49,8 @@ def validate(captured: Graph, raised: Graph) -> None:
     )
     # where the model's own mask is asked for, nothing may be padded
     padded = 0 if plan.masked else PADDED
-    given, (input_ids, positions) = _tokens(captured), _padded(_tokens(captured), padded)
+    given = _tokens(captured)
+    input_ids, positions = _padded(given, padded)
     every = torch.arange(ROWS, device=input_ids.device)
     with torch.no_grad():
         expected = _Expected(model(*given, every)[0], padded)

@@ -61,8 +61,9 @@ class InsertCache(Pass):
             )
             stats.hit(f"{self.program} {site.store.room}" if own else f"{self.program} read")
             if self.program == "compact":
-                with graph.module.graph.inserting_before(_output(graph)):
-                    _ = compact(emit) if own else None
+                if own:
+                    with graph.module.graph.inserting_before(_output(graph)):
+                        compact(emit)
                 continue
             assert attention is not None
             q, k, v = (operand(attention, i) for i in range(3))

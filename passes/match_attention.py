@@ -12,13 +12,12 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
-from torch.fx.node import Argument
 
 from kvfx.errors import CaptureError
 from kvfx.graph import Graph, Level, Miss, call, operand, replace, site_path
 from kvfx.pass_manager import Pass, Statistics
 from kvfx.passes.softmax_root import WrittenOut, softmax_roots, stray_softmaxes
-from kvfx.passes.written_operands import written_operands
+from kvfx.passes.written_operands import AttentionOperands, written_operands
 from kvfx.provenance import Stamp
 
 aten = torch.ops.aten
@@ -30,28 +29,6 @@ SDPA_DEFAULTS = {
     "scale": None,
     "enable_gqa": False,
 }
-
-
-@dataclass(frozen=True)
-class AttentionOperands:
-    """What `kvfx.attention` takes: K and V at their own heads, before they are repeated for grouped
-    queries. Where `flat`, the model goes on with batch and heads as one axis.
-    """
-
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    mask: fx.Node | None
-    scale: float
-    kv_repeat: int
-    sinks: fx.Node | None = None
-    softcap: float = 0.0
-    flat: bool = False
-
-    def rules(self) -> dict[str, Argument]:
-        """What attention does besides scaled products, as arguments of `kvfx.attention`."""
-        found = {"softcap": self.softcap or None, "sinks": self.sinks}
-        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -137,29 +114,22 @@ def match_sdpa(root: fx.Node) -> AttentionOperands | Miss:
         scale = 1.0 / math.sqrt(q.meta["val"].shape[-1])
     if not isinstance(scale, (int, float)):
         return Miss("the scale is not a constant")
-    return _grouped(q, k, v, mask, float(scale), gqa=args["enable_gqa"])
+    return _grouped(AttentionOperands(q, k, v, mask, float(scale)), gqa=args["enable_gqa"])
 
 
 def match_written_out(graph: Graph, root: fx.Node, written: WrittenOut) -> AttentionOperands | Miss:
     """The same of an attention that is written out, whose mask has to be there."""
-    read = written_operands(graph, root, written)
-    if isinstance(read, Miss):
-        return read
-    found = _grouped(read.q, read.k, read.v, read.mask, read.scale, gqa=False)
-    if isinstance(found, Miss):
-        return found
-    return replace_fields(found, sinks=read.sinks, softcap=read.softcap, flat=read.flat)
+    found = written_operands(graph, root, written)
+    return found if isinstance(found, Miss) else _grouped(found, gqa=False)
 
 
-def _grouped(
-    q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None, scale: float, *, gqa: bool
-) -> AttentionOperands | Miss:
+def _grouped(found: AttentionOperands, *, gqa: bool) -> AttentionOperands | Miss:
     """The operands with K and V before they are repeated for grouped queries."""
-    k, k_repeat = peel_repeat_kv(k)
-    v, v_repeat = peel_repeat_kv(v)
+    k, k_repeat = peel_repeat_kv(found.k)
+    v, v_repeat = peel_repeat_kv(found.v)
     if k_repeat != v_repeat:
         return Miss(f"K and V are repeated differently ({k_repeat} and {v_repeat} times)")
-    heads, kv_heads = q.meta["val"].shape[1], k.meta["val"].shape[1]
+    heads, kv_heads = found.q.meta["val"].shape[1], k.meta["val"].shape[1]
     if k_repeat == 1 and (gqa or kv_heads == 1):
         # one KV head is broadcast to all query heads
         k_repeat = heads // kv_heads
@@ -167,7 +137,7 @@ def _grouped(
         return Miss(
             f"{heads} query heads do not divide into {kv_heads} KV heads repeated {k_repeat} times"
         )
-    return AttentionOperands(q, k, v, mask, scale, k_repeat)
+    return replace_fields(found, k=k, v=v, kv_repeat=k_repeat)
 
 
 def peel_repeat_kv(node: fx.Node) -> tuple[fx.Node, int]:

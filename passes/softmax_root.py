@@ -1,4 +1,4 @@
-"""Attention written out as products around a softmax: where it begins, ends, and and its sinks."""
+"""Attention written out as products around a softmax: where it begins and where it ends."""
 
 from __future__ import annotations
 

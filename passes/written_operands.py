@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from kvfx.graph import Graph, Miss, call, operand, site_path
 from kvfx.passes.peel_scores import CASTS, PRODUCTS, RESHAPES, Scores, peel_scores
@@ -18,22 +19,29 @@ FLATTENED = (*RESHAPES, aten.flatten.using_ints)
 
 
 @dataclass(frozen=True)
-class Operands:
-    """What stands around a softmax: queries, keys and values [B, H, S, D], what is added to scores
-    before it, and the rules of its scores. `flat` says that batch and heads are one axis outside.
+class AttentionOperands:
+    """What `kvfx.attention` takes: queries, keys and values [B, H, S, D], K and V as they are
+    before each of their heads is repeated `kv_repeat` times for grouped queries; a mask, and the
+    rules of scores. Where `flat`, the model goes on with batch and heads as one axis.
     """
 
     q: fx.Node
     k: fx.Node
     v: fx.Node
-    mask: fx.Node
-    sinks: fx.Node | None
+    mask: fx.Node | None
     scale: float
-    softcap: float
-    flat: bool
+    kv_repeat: int = 1
+    sinks: fx.Node | None = None
+    softcap: float = 0.0
+    flat: bool = False
+
+    def rules(self) -> dict[str, Argument]:
+        """What attention does besides scaled products, as arguments of `kvfx.attention`."""
+        found = {"softcap": self.softcap or None, "sinks": self.sinks}
+        return {name: value for name, value in found.items() if value is not None}
 
 
-def written_operands(graph: Graph, root: fx.Node, written: WrittenOut) -> Operands | Miss:
+def written_operands(graph: Graph, root: fx.Node, written: WrittenOut) -> AttentionOperands | Miss:
     """Read the operands of one attention that ends in `root`, or say why they cannot be read.
 
     Casts in between are those of the arithmetic and are left out.
@@ -79,7 +87,9 @@ def _drops_last(softmax: fx.Node) -> bool:
     return cut
 
 
-def _operands(graph: Graph, scores: Scores, written: WrittenOut, mark: Stamp) -> Operands | Miss:
+def _operands(
+    graph: Graph, scores: Scores, written: WrittenOut, mark: Stamp
+) -> AttentionOperands | Miss:
     flat = written.product.meta["val"].dim() == 3
     q, k_t, v = (
         _with_heads(x) for x in (scores.q, scores.k_transposed, operand(written.product, 1))
@@ -91,7 +101,9 @@ def _operands(graph: Graph, scores: Scores, written: WrittenOut, mark: Stamp) ->
         return Miss("scores are no product with transposed keys")
     mask = _sum(graph, [_scaled(graph, x, q, mark) for x in scores.masks], mark)
     sinks = scores.sinks if written.sinks is None else written.sinks
-    return Operands(q, k, v, mask, sinks, scores.scale, scores.softcap, flat)
+    return AttentionOperands(
+        q, k, v, mask, scores.scale, sinks=sinks, softcap=scores.softcap, flat=flat
+    )
 
 
 def _with_heads(node: fx.Node) -> fx.Node | None:

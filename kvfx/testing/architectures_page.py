@@ -55,7 +55,8 @@ What `kvfx.compress` makes of every model type that transformers {transformers._
 a causal language model: {len(works)} of {len(rows)} work. Each row is the result of a test on a
 tiny model of the real class with random weights: a padded batch, read through the cache in pieces,
 must give the logits that the model gives to each prompt alone, at shifted positions too where the
-model takes positions. Your own model need not be here: [a decoder of your own](your_model.md).
+model takes positions and counts no chunks. Your own model need not be here:
+[a decoder of your own](your_model.md).
 
 {WORKS}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ from torch import Tensor
 import kvfx
 from kvfx.capture import takes_positions
 from kvfx.errors import KvfxError
+from kvfx.reuse.fingerprint import fingerprint
 from kvfx.testing.architectures import UNBUILT, class_name, tiny_architecture
 from kvfx.testing.tiny import left_padded
 
@@ -59,11 +58,11 @@ def examine(model_type: str) -> Finding:
     if model_type in UNBUILT:
         return Finding(model_type, class_name(model_type), UNBUILT[model_type])
     model = tiny_architecture(model_type)
-    kind, before = type(model).__name__, fingerprint(model)
+    kind, before = type(model).__name__, fingerprint(model).digest
     try:
         full = kvfx.compress(model, kvfx.Full(), compile=False)
     except KvfxError as error:
-        assert fingerprint(model) == before, "a refused model was changed"
+        assert fingerprint(model).digest == before, "a refused model was changed"
         return Finding(model_type, kind, reason_of(error))
     compare(model, full)
     run = []
@@ -82,7 +81,7 @@ def examine(model_type: str) -> Finding:
         # exact up to rounding, as `Full()` is
         compare(model, fast)
         run.append("CacheLatent")
-    assert fingerprint(model) == before, "the model was changed"
+    assert fingerprint(model).digest == before, "the model was changed"
     return described(model_type, kind, full, run)
 
 
@@ -92,7 +91,7 @@ def described(model_type: str, kind: str, full: CompressedModel, run: list[str])
     rules = {"softcap": "softcap", "slopes": "ALiBi", "sinks": "sinks"}
     bits = sites[0].dtype.itemsize
     cut = (sum(site.latent) * bits for site in sites if site.latent)
-    wide = sorted({site.kv_heads * (site.head_dim + site.value_dim) * bits for site in sites})
+    wide = sorted({site.width * bits for site in sites})
     raised = full.trail["match-attention"].statistics.hits
     return Finding(
         model_type,
@@ -164,12 +163,3 @@ def through(fast: CompressedModel, ids: Tensor, mask: Tensor, shift: int) -> Ten
         cache, start = read.past_key_values, start + rows
         out.append(read.logits)
     return torch.cat(out, 1)
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """What a model is: its configuration and its weights."""
-    digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(str(math.fsum(tensor.double().flatten().tolist()[:4096])).encode())
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Every fourth architecture, from number 3 on: see check.py."""
+"""Every fourth architecture, from number 3 on: four files, so that two workers share them."""
 
 from __future__ import annotations
 

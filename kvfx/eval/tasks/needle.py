@@ -31,6 +31,15 @@ def hide(draw: Draw, haystack: Haystack, keys: int) -> Sample:
     """`keys` named numbers in a haystack; the first, at the depth that was asked for, is the one
     that the question names, the others stand anywhere.
     """
+    text, names, values = strewn(draw, haystack, keys)
+    question = QUESTION.format(key=names[0])
+    return Sample(text, question, ANSWER.format(value=values[0]))
+
+
+def strewn(draw: Draw, haystack: Haystack, keys: int) -> tuple[str, list[str], list[int]]:
+    """A text in which `keys` named numbers stand, the first at the depth that was asked for, the
+    others anywhere; their names, and the numbers.
+    """
     names = draw.random.sample(pairs(), keys)
     values = numbers(draw.random, keys)
     needles = [
@@ -39,8 +48,7 @@ def hide(draw: Draw, haystack: Haystack, keys: int) -> Sample:
     depths = [draw.depth, *(draw.random.random() for _ in needles[1:])]
     hay = fill(draw, haystack(draw), " ".join((INTRO, *needles)))
     strew(hay, depths, needles)
-    question = QUESTION.format(key=names[0])
-    return Sample(INTRO + " ".join(hay), question, ANSWER.format(value=values[0]))
+    return INTRO + " ".join(hay), names, values
 
 
 def hide_uuid(draw: Draw) -> Sample:
