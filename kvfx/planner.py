@@ -306,6 +306,11 @@ def _assign_roles(everywhere: Policy, policy: Policy, site: Site) -> SitePlan:
     if refine is not None and select is None:
         select = refine.alone()
     if allocate is not None and select is not None:
+        if select.measured:
+            raise PolicyError(
+                f"{site.name}: {allocate!r} divides a budget, and {select!r} has none, since it "
+                "counts what each prompt needs: keep one of them"
+            )
         given, select = select, select.with_budget(allocate.budget)
         # a method that merges as well plays both roles
         if merge is given and isinstance(select, Merge):

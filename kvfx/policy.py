@@ -250,8 +250,8 @@ class Select(Stage):
         return {}
 
     def with_budget(self, budget: Budget) -> Select:
-        """The same method with another budget."""
-        return dataclasses.replace(cast(Any, self), budget=budget)
+        """The same method with another budget, if it has one."""
+        return cast(Select, super().with_budget(budget))
 
     def protected(self) -> dict[str, Any]:
         """The rows that always stay: `sinks`, `recent`, and the `share` of the count that is for

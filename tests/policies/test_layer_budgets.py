@@ -16,6 +16,7 @@ from kvfx import (
     KIVI,
     MEDA,
     XKV,
+    DBudgetKV,
     DynamicKV,
     Full,
     KeyDiff,
@@ -27,6 +28,7 @@ from kvfx import (
     SqueezeAttention,
     UNComp,
     Uniform,
+    ZipVL,
 )
 from kvfx.errors import CalibrationError, PolicyError
 from kvfx.testing.tiny import left_padded, tiny_gemma3, tiny_llama
@@ -168,3 +170,11 @@ def test_the_calibration_of_another_model_is_refused(calibration):
 def test_the_shares_of_another_model_are_refused(small):
     with pytest.raises(PolicyError, match="2 shares for a model of 5 sites"):
         compressed(small, None, LayerBudgets(0.25, (1.0, 1.0)))
+
+
+@pytest.mark.parametrize("select", [ZipVL(), DBudgetKV()], ids=["zip-vl", "dbudget"])
+def test_a_method_that_counts_itself_has_no_budget_to_divide(small, select):
+    with pytest.raises(PolicyError, match="divides a budget, and .* has none"):
+        compressed(small, None, PyramidKV() | select)
+    # a sweep over budgets measures it as it is
+    assert select.with_budget(0.5) == select
