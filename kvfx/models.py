@@ -256,8 +256,8 @@ def _progress(what: str) -> Iterator[None]:
     """Show what takes time on a terminal; anywhere else rich keeps silent."""
     from rich.console import Console
 
-    # this very stream: sys.stderr is redirected meanwhile
-    with Console(file=sys.stderr).status(what):
+    # this very stream: sys.stderr is redirected meanwhile; in a notebook rich would ask for widgets
+    with Console(file=sys.stderr, force_jupyter=False).status(what):
         yield
 
 

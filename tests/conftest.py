@@ -40,6 +40,7 @@ LONGEST = (
     "test_memory.py",
     "test_eval_smollm2.py",
     "test_examples.py",
+    "test_notebooks.py",
     "test_record.py",
     "test_offline.py",
 )
