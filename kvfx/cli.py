@@ -1,5 +1,5 @@
 """The command line: `kvfx run | chat | explain | plan | recommend | calibrate | policies | opt |
-eval | bench`.
+eval | report | bench`.
 """
 
 from __future__ import annotations
@@ -524,6 +524,43 @@ def evaluate(
         _print_json([measurement.to_dict() for measurement in found])
     else:
         _show_sections(found, markdown=markdown)
+
+
+@app.command()
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Results of eval --out, of bench decode --json, or plans of plan --to.",
+            show_default=False,
+        ),
+    ],
+    html: Annotated[Path, typer.Option(help="Write the page to this file.", show_default=False)],
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write every picture to this folder: SVG, PNG, and its numbers as JSON.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Put results on one HTML page with pictures, which needs no network (pip install
+    'kvfx[plot]').
+    """
+    from kvfx.figures.canvas import need_matplotlib
+    from kvfx.figures.collect import pictures, save_all
+    from kvfx.figures.inputs import read_inputs
+    from kvfx.figures.page import save_report
+
+    need_matplotlib(f"{html}: its pictures")
+    inputs = read_inputs(results)
+    with _status("drawing"):
+        found = pictures(inputs)
+        save_report(html, inputs, found)
+        saved = [] if figures is None else save_all(found, figures)
+    typer.echo(f"{len(found)} pictures -> {html}")
+    if figures is not None:
+        typer.echo(f"{len(saved)} files -> {figures}")
 
 
 @bench.command()

@@ -90,6 +90,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "kvfx.reuse": ("torch", "transformers", "safetensors", "kvfx"),
     # pictures that are not SVG
     "kvfx.cache_trace.picture": ("torch", "matplotlib", "kvfx"),
+    "kvfx.figures": ("matplotlib", "kvfx"),
     "kvfx.models": ("torch", "transformers", "safetensors", "rich", "kvfx.errors"),
     # what users touch; the rooms below are at home here
     "kvfx": ("torch", "sympy", "rich", "typer", "transformers", "kvfx"),

@@ -21,7 +21,7 @@ from kvfx.bench.contenders import (
     hf_static,
     kvfx_under,
 )
-from kvfx.bench.machine import device_name, versions, versions_text
+from kvfx.bench.machine import device_name, today, versions, versions_text
 from kvfx.report import aligned
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class DecodeBench:
     device: str
     dtype: str
     threads: int
+    date: str
     versions: dict[str, str]
     cold_compile: bool
     rounds: int
@@ -98,7 +99,8 @@ class DecodeBench:
         versions = versions_text(self.versions)
         cache = "an empty" if self.cold_compile else "the user's (maybe warm)"
         return (
-            f"{self.model} in {self.dtype} on {self.device}, {self.threads} threads; {versions}\n"
+            f"{self.model} in {self.dtype} on {self.device}, {self.threads} threads; {versions}; "
+            f"{self.date}\n"
             f"batch 1, greedy, {self.rounds} interleaved rounds of {self.new_tokens} tokens, real "
             f"text; compiled with {cache} Inductor cache"
         )
@@ -152,6 +154,7 @@ def bench_decode(
         device=device_name(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
+        date=today(),
         versions=versions("torch", "transformers"),
         cold_compile=cold,
         rounds=rounds,

@@ -7,7 +7,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from kvfx.cache_trace.trace import STATUSES, CacheTrace
-from kvfx.errors import UnsupportedOperation
+from kvfx.figures.canvas import need_matplotlib
 
 COLOURS = {
     "exact": "#2f5d9b",
@@ -51,15 +51,11 @@ def svg_of(trace: CacheTrace, head: int, style: str = STYLE) -> str:
 
 def plot(trace: CacheTrace, head: int, path: Path) -> None:
     """Write the same with matplotlib, in whatever format it knows by that name."""
-    try:
-        from matplotlib.colors import ListedColormap
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise UnsupportedOperation(
-            f"{path}: matplotlib draws {path.suffix or 'this'} and is not installed: "
-            "pip install matplotlib, or save as .svg"
-        ) from error
+    need_matplotlib(str(path), ", or save as .svg")
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     columns = min(COLUMNS, len(trace.sites))
     rows = -(-len(trace.sites) // columns)
     figure = Figure(figsize=(2.4 * columns + 0.4, 1.6 * rows + 0.9), layout="constrained")

@@ -155,7 +155,7 @@ def test_a_contender_that_cannot_run_says_why():
 
     rows = race(stub(HF_DEFAULT, [1, 2, 3]), Contender("HF static + compile", fails))
     assert rows[1].refusal == "cannot run: RuntimeError: no compiler"
-    bench = DecodeBench("m", "d", "f", 1, {}, True, 1, 1, tuple(rows))
+    bench = DecodeBench("m", "d", "f", 1, "2026-11-22", {}, True, 1, 1, tuple(rows))
     assert "not timed: HF static + compile at 5: cannot run: RuntimeError: no compiler" in str(
         bench
     )

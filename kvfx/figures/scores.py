@@ -1,0 +1,33 @@
+"""Scores as points: a value, its 95 % interval, and the method it belongs to."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from kvfx.eval.answers import Retrieval
+from kvfx.eval.results import Measurement
+from kvfx.eval.stats import bootstrap_mean, wilson
+
+# nats per token; perplexity over the dense one; the share of samples that were answered
+KL, RATIO, RATE = "kl", "ratio", "rate"
+
+
+def value_of(measure: str, found: Measurement) -> tuple[float, tuple[float, float] | None]:
+    """The value of a measure and its interval, as the tables give them; None for one window."""
+    scores, seed = found.scores, found.setting.seed
+    if isinstance(scores, Retrieval):
+        if "score" in found.setting.options:
+            return scores.rate, bootstrap_mean(scores.hits, seed)
+        return scores.rate, wilson(sum(scores.answered), len(scores.hits))
+    if measure == KL:
+        return scores.kl, bootstrap_mean([window.kl for window in scores.windows], seed)
+    edges = bootstrap_mean(scores.log_ratios, seed)
+    ratio = scores.perplexity / scores.dense_perplexity
+    return ratio, None if edges is None else (math.exp(edges[0]), math.exp(edges[1]))
+
+
+def method_of(label: str) -> str:
+    """The policy without its budgets: points of one method are joined."""
+    without = re.sub(r"\b(?:budget|context)=[^,()]*(?:, )?", "", label)
+    return without.replace(", )", ")").replace("()", "")
