@@ -46,6 +46,8 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "==> installing the test tools"
 	$(PIP) --editable ".[demo,dev]"
+	@echo "==> installing lm-evaluation-harness (without what only tasks of others need)"
+	$(PIP) --no-deps lm-eval datasets dill multiprocess pandas pyarrow sacrebleu portalocker tabulate colorama lxml xxhash
 	@command -v chromium > /dev/null || { [ "$$(id -u)" = 0 ] && echo "==> installing Chromium, which looks at pages" \
 		&& apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium > /dev/null; } \
 		|| echo "==> no Chromium here: tests that look at pages in a browser are skipped"

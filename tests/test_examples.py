@@ -117,6 +117,8 @@ def test_python_of_page(page, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = re.search(r"<!-- model: (\w+) -->", page.read_text())
     assert source is not None, "a page with Python says which model it has"
+    for package in re.findall(r"<!-- needs: (\w+) -->", page.read_text()):
+        pytest.importorskip(package)
     namespace: dict[str, object] = {"__name__": "page"}
     if source[1] == "smollm2":
         model, tokenizer = request.getfixturevalue("smollm2")

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import json
 import re
+import tokenize
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from random import Random
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,7 +24,8 @@ from kvfx.eval.results import open_results
 from kvfx.eval.run import evaluate
 from kvfx.eval.suite import Suite, task_names
 from kvfx.eval.table import sections
-from kvfx.eval.tasks import ALL_TASKS, TASKS, multi_key
+from kvfx.eval.tasks import ALL_TASKS, TASKS, multi_key, two_hops
+from kvfx.eval.tasks.questions import described
 from kvfx.eval.tasks.sample import Draw, Sample
 from kvfx.eval.tasks.score import parts_said
 from kvfx.eval.tasks.words import english, made_up
@@ -79,7 +82,7 @@ TOKENIZERS: dict[str, tuple[Any, int, int]] = {
     "pieces": (Pieces(), 1500, 2),
 }
 # letters of one sentence more, which does not fit; passages are longer
-SENTENCE, PASSAGE = 150, 550
+SENTENCE, PASSAGE = 150, 600
 
 
 def draw(seed: int, depth: float = 0.5, tokens: int = 4000) -> Draw:
@@ -107,7 +110,7 @@ def test_a_seed_gives_a_sample(task):
 @pytest.mark.parametrize("task", ALL_TASKS)
 def test_a_context_is_as_long_as_asked_for(task, name):
     tokenizer, tokens, letters = TOKENIZERS[name]
-    slack = (PASSAGE if task == "qa" else SENTENCE) // letters
+    slack = (PASSAGE if task in ("qa", "qa-2-hops") else SENTENCE) // letters
     options: dict[str, Any] = {"tokens": tokens, "count": 3, "depths": DEPTHS, "seed": 0}
     hidden = make_prompts(ALL_TASKS[task], TEXT, tokenizer, question=HIDDEN, **options)
     visible = make_prompts(ALL_TASKS[task], TEXT, tokenizer, question=VISIBLE, **options)
@@ -220,6 +223,71 @@ def test_one_passage_answers(seed):
     assert found.context.count(summary[1]) == 1
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_two_passages_answer(seed):
+    task = ALL_TASKS["qa-2-hops"]
+    asked = task.make(draw(seed))
+    summary = asked.question.split("description: ")[1].split(" Answer:")[0]
+    (name,) = asked.parts
+    (module,) = (module.name for said, module in two_hops.askable() if said == summary)
+    # as long as all passages and all prose, which would tell
+    prose = [*TEXT.sentences(), f"One imports {module} there.", f"One calls {name}() there."]
+    found = task.make(replace(draw(seed, tokens=200_000), sentences=prose))
+    assert found.question == asked.question
+    assert all(found.context.count(sentence) > 0 for sentence in prose[:-2])
+    # the first passage says which module that is, and no other one says the same
+    assert f"\nModule {module}: {summary} " in found.context
+    assert found.context.count(summary) == 1
+    assert not places(module, found.question)
+    # the second says which function is in it, and nothing else names either
+    functions = re.findall(r"Function (\w+) of module (\S+):", found.context)
+    assert [function for function, home in functions if home == module] == [name]
+    assert found.context.lower().count(name) == 1
+    (second,) = (line for line in found.context.splitlines() if f" of module {module}: " in line)
+    assert len(places(module, found.context)) == 1 + len(places(module, second))
+    assert len(functions) > 200
+
+
+def test_modules_say_what_is_public():
+    known = {module.name: module for module in two_hops.modules()}
+    # defined elsewhere and listed; imported and not listed
+    assert "heappop" in {each.name for each in known["heapq"].functions}
+    assert described(tokenize, "lookup") is not None
+    assert "lookup" not in {each.name for each in known["tokenize"].functions}
+    # the summary names the module
+    assert known["calendar"].summary is None
+    summaries = [summary for summary, _ in two_hops.askable()]
+    assert known["heapq"].summary in summaries
+    assert len(set(summaries)) == len(summaries) > 20
+
+
+def test_a_summary_names_no_function():
+    made = ModuleType("made", "Here first_of takes what last_of leaves.")
+    for name in ("first_of", "second"):
+
+        def function():
+            """Give whatever comes next, or nothing."""
+
+        function.__module__ = "made"
+        setattr(made, name, function)
+    found = two_hops.read_module(made)
+    assert found.summary == "Here first_of takes what last_of leaves."
+    assert [each.name for each in found.functions] == ["second"]
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_the_second_passage_stands_where_it_should(depth):
+    firsts = set()
+    for seed in range(4):
+        found = sample("qa-2-hops", seed, depth)
+        (place,) = places(found.answer.strip(), found.context)
+        assert depth - 0.4 < place / len(found.context) < depth + 0.4
+        summary = found.question.split("description: ")[1].split(" Answer:")[0]
+        firsts.add(found.context.index(summary) < place)
+    # the first one stands anywhere
+    assert depth in (0.0, 1.0) or firsts == {True, False}
+
+
 def test_a_record_is_given_early():
     found = sample("json", 0, 1.0)
     record = json.loads(found.answer)
@@ -273,8 +341,9 @@ def test_a_task_needs_room(task):
 def test_names_stand_for_tasks():
     assert task_names(["ruler"]) == tuple(ALL_TASKS)
     assert set(task_names(["needle", "needle-4-keys"])) == set(TASKS)
-    named = ("niah-multikey-3", "niah-multivalue", "niah-multiquery", "vt", "cwe", "fwe", "qa")
-    assert task_names([*named, "passkey", "json"]) == (*named, "passkey", "json")
+    named = ("niah-multikey-3", "niah-multivalue", "niah-multiquery", "vt", "cwe", "fwe")
+    qa = ("qa", "qa-2-hops")
+    assert task_names([*named, *qa, "passkey", "json"]) == (*named, *qa, "passkey", "json")
     assert set(task_names(["niah-single", "niah-multikey"])) < set(ALL_TASKS)
 
 

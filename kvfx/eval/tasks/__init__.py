@@ -12,6 +12,7 @@ from kvfx.eval.tasks import (
     pass_key,
     questions,
     record,
+    two_hops,
     variables,
 )
 from kvfx.eval.tasks.sample import Task
@@ -34,6 +35,7 @@ ALL_TASKS: dict[str, Task] = TASKS | {
         common_words.COMMON_WORDS,
         frequent_words.FREQUENT_WORDS,
         questions.QUESTIONS,
+        two_hops.TWO_HOPS,
         pass_key.PASS_KEY,
         record.JSON,
     )

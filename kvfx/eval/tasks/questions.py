@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 
 from kvfx.eval.tasks.haystack import fill, prose, strew
 from kvfx.eval.tasks.sample import Draw, Sample, Task
@@ -81,11 +82,28 @@ def passages() -> tuple[Passage, ...]:
     found: dict[str, Passage] = {}
     for module in map(importlib.import_module, MODULES):
         for name in sorted(vars(module)):
-            passage = _passage(module, name)
+            passage = described(module, name)
             if passage is not None:
                 found.setdefault(name, passage)
     summaries = [passage.summary for passage in found.values()]
     return tuple(each for each in found.values() if summaries.count(each.summary) == 1)
+
+
+def described(module: ModuleType, name: str) -> Passage | None:
+    """None for what is no function of that module, and where the text gives the name away."""
+    function = vars(module)[name]
+    if not inspect.isroutine(function) or not re.fullmatch(r"[a-z][a-z0-9_]+", name):
+        return None
+    text = " ".join((inspect.getdoc(function) or "").split())
+    # whole sentences, no more than a few
+    summary, *more = re.split(r"(?<=[.])\s+(?=[A-Z])", text)
+    while len(" ".join((summary, *more))) > DOC_LETTERS and more:
+        more.pop()
+    text = " ".join((summary, *more))
+    least, most = SUMMARY_LETTERS
+    if len(name) < NAME_LETTERS or name in text.lower() or not least <= len(summary) <= most:
+        return None
+    return Passage(name, text, summary)
 
 
 def ask(draw: Draw) -> Sample:
@@ -113,23 +131,6 @@ def _others(draw: Draw, chosen: Passage) -> Iterator[str]:
 
 def _document(passage: Passage) -> str:
     return DOCUMENT.format(name=passage.name, text=passage.text)
-
-
-def _passage(module: object, name: str) -> Passage | None:
-    """None for what is no function of that module, and where the text gives the name away."""
-    function = vars(module)[name]
-    if not inspect.isroutine(function) or not re.fullmatch(r"[a-z][a-z0-9_]+", name):
-        return None
-    text = " ".join((inspect.getdoc(function) or "").split())
-    # whole sentences, no more than a few
-    summary, *more = re.split(r"(?<=[.])\s+(?=[A-Z])", text)
-    while len(" ".join((summary, *more))) > DOC_LETTERS and more:
-        more.pop()
-    text = " ".join((summary, *more))
-    least, most = SUMMARY_LETTERS
-    if len(name) < NAME_LETTERS or name in text.lower() or not least <= len(summary) <= most:
-        return None
-    return Passage(name, text, summary)
 
 
 QUESTIONS = Task("qa", "\n".join((INTRO, DOCUMENT, QUESTION, ANSWER)), ask, parts_said)

@@ -12,7 +12,7 @@ def parts_said(text: str, sample: Sample) -> float:
     """The share of the parts that stand in `text`, in any order: RULER's string_match_all, but as
     whole words.
     """
-    return sum(_says(text, part) for part in sample.parts) / len(sample.parts)
+    return sum(says(text, part) for part in sample.parts) / len(sample.parts)
 
 
 def listed(parts: Sequence[str]) -> str:
@@ -20,6 +20,7 @@ def listed(parts: Sequence[str]) -> str:
     return f" {', '.join(parts[:-1])}, and {parts[-1]}"
 
 
-def _says(text: str, part: str) -> bool:
+def says(text: str, part: str) -> bool:
+    """Whether `part` stands in `text` as a whole word, whatever its case."""
     pattern = rf"(?<![\w-]){re.escape(part)}(?![\w-])"
     return re.search(pattern, text, re.IGNORECASE) is not None
