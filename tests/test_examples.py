@@ -26,6 +26,14 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEW_POLICY = ROOT / "docs/new_policy.md"
 # tags of fences that nothing runs, because they show output
 SHOWN = ("text", "diff")
+# programs of the project that are no command of kvfx
+MODULES = (
+    "pytest",
+    "kvfx.testing.shipped",
+    "kvfx.testing.policy_pictures",
+    "examples.benchmarks.peers",
+    "examples.benchmarks.reproduce",
+)
 # commands that need no model
 CHEAP = ("kvfx policies", "kvfx --help")
 
@@ -143,7 +151,7 @@ def test_commands_of_page(page):
         elif words[0] == "make":
             assert words[1] in targets, line
         else:
-            run = words[:2] == ["python", "-m"] and words[2] in ("pytest", "kvfx.testing.shipped")
+            run = words[:2] == ["python", "-m"] and words[2] in MODULES
             assert run or words[0] in ("pip", "rm"), line
 
 

@@ -174,7 +174,7 @@ def test_the_shares_of_another_model_are_refused(small):
 
 @pytest.mark.parametrize("select", [ZipVL(), DBudgetKV()], ids=["zip-vl", "dbudget"])
 def test_a_method_that_counts_itself_has_no_budget_to_divide(small, select):
-    with pytest.raises(PolicyError, match="divides a budget, and .* has none"):
+    with pytest.raises(PolicyError, match=r"divides a budget, and .* has none"):
         compressed(small, None, PyramidKV() | select)
     # a sweep over budgets measures it as it is
     assert select.with_budget(0.5) == select

@@ -1,0 +1,118 @@
+"""What the pages' tables are measured by: commands, in order, each of which writes one file."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+PEERS = "python -m examples.benchmarks.peers --out {folder}/peers"
+# select, merge and refine, at equal budgets
+METHODS = (
+    'StreamingLLM(positions="absolute")',
+    "H2O()",
+    "SnapKV()",
+    "TOVA()",
+    "KeyDiff(sinks=4,recent=16)",
+    "KNorm(sinks=4,recent=16)",
+    "ExpectedAttention()",
+    "ChunkKV()",
+    "WeightedKV()",
+    "D2O()",
+    "KVMerger()",
+    'KVMerger(value_scale="votes")',
+    'KVMerger(sigma="literal")',
+    "H2O()|CaM()",
+    "SnapKV()|AdaKV()",
+    "H2O()|KVCrush()",
+    "SnapKV()|KVCrush()",
+    "SnapKV()|KVCrush(ratio=0.0625)",
+)
+STORES = (
+    "KIVI(bits=8)",
+    "KIVI(k_bits=8,v_bits=4)",
+    "KIVI(bits=4)",
+    "KIVI(bits=2)",
+    "KIVI(k_bits=8,v_bits=4,group_size=64)",
+    "KIVI(bits=4,group_size=64)",
+    "KIVI(bits=2,group_size=64)",
+)
+ALLOCATED = (
+    "KIVI(bits=2)",
+    "KIVI(bits=4)",
+    "KVTuner(bits=3.25)",
+    "Uniform()|SnapKV()",
+    "PyramidKV()|SnapKV()",
+    "PrefixKV()|SnapKV()",
+    "SnapKV()|KIVI(bits=4)",
+    "Auto(budget=1,context=1)|SnapKV()",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command whose result is `file`, and what is added to it to see in short that it works.
+
+    Where `printed`, the file is what the command prints; others write it themselves, and go on
+    with what it holds.
+    """
+
+    file: str
+    command: str
+    quick: str
+    printed: bool = False
+
+    def arguments(self, folder: str, *, quick: bool) -> list[str]:
+        """The command as a list, for results in a folder."""
+        line = f"{self.command} {self.quick if quick else ''}"
+        return shlex.split(line.format(folder=folder, file=f"{folder}/{self.file}"))
+
+
+def _evaluate(policies: tuple[str, ...], options: str) -> str:
+    return (
+        f"kvfx eval smollm2 {options} --policies {shlex.quote(','.join(policies))} --out {{file}}"
+    )
+
+
+SHORT = "--lengths 320 --windows 1 --scored 32"
+STAGES = (
+    Stage(
+        "calibration.safetensors",
+        "kvfx calibrate smollm2 --out {file}",
+        "--tokens 64",
+    ),
+    Stage(
+        "stores.json",
+        _evaluate(STORES, "--tasks perplexity --lengths 1024 --windows 8"),
+        f"{SHORT} --policies 'KIVI(bits=4)'",
+    ),
+    Stage(
+        "methods.json",
+        _evaluate(METHODS, "--tasks perplexity --lengths 960 --windows 4 --budgets 0.75,0.5,0.25"),
+        f"{SHORT} --budgets 0.5 --policies 'SnapKV(),KVMerger()'",
+    ),
+    Stage(
+        "equal-bytes.json",
+        _evaluate(
+            ALLOCATED,
+            "--tasks perplexity --lengths 1024 --windows 8 --memory 0.25,0.35,0.5 "
+            "--calibration {folder}/calibration.safetensors",
+        ),
+        f"{SHORT} --memory 0.6 --policies 'PrefixKV()|SnapKV()'",
+    ),
+    Stage("peers/quality.json", f"{PEERS} --only quality", "--quick --peers none"),
+    Stage("peers/speed.json", f"{PEERS} --only speed", "--quick --peers none"),
+    Stage(
+        "decode.json",
+        "kvfx bench decode --lengths 512,4096 --policies full,k8v4,kivi-4bit,streaming-25% "
+        "--new-tokens 24 --rounds 2 --json",
+        "--lengths 64 --policies kivi-4bit --new-tokens 4 --rounds 1 --no-compile",
+        printed=True,
+    ),
+    Stage(
+        "reuse.json",
+        "kvfx bench reuse --model smollm2 --json",
+        "--chunks 3 --tokens 48 --prompts 1 --turn 48 --agents 2 --role 32 --question 48 "
+        "--answer 16 --rounds 3 --questions 2 --scored 4 --no-compile",
+        printed=True,
+    ),
+)

@@ -1,0 +1,184 @@
+"""Measured files as the tables of pages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from kvfx.bench.decode import DecodeBench
+from kvfx.bench.decode import Row as Timed
+from kvfx.bench.reuse_table import ReuseBench
+from kvfx.bench.reuse_table import Row as Reused
+from kvfx.bench.reuse_table import Sample as Request
+from kvfx.eval.fidelity import Fidelity
+from kvfx.eval.results import Measurement, open_results
+from kvfx.eval.table import DENSE, headline, sections
+from kvfx.figures.scores import method_of
+
+BUDGETS = (0.75, 0.5, 0.25)
+
+
+def evaluated(path: Path) -> str:
+    """Every task of an evaluation, as `kvfx eval --markdown` prints it."""
+    found = open_results(path).measurements
+    return "\n".join((headline(found), "", *(part.markdown() for part in sections(found))))
+
+
+def fidelity(path: Path) -> str:
+    """Policies by their bytes, KL and flips."""
+    found = open_results(path).measurements
+    dense = _dense(found)
+    rows = [
+        (
+            _code(each.label),
+            f"{each.scores.cache_bytes / dense.scores.cache_bytes:.0%}",
+            f"{_scores(each).perplexity:.2f}",
+            f"{_scores(each).kl:.2g}",
+            f"{_scores(each).flips:.1%}",
+        )
+        for each in found
+    ]
+    return _page(found, ("policy", "of dense", "perplexity", "KL, nats", "flips"), rows)
+
+
+def by_budget(path: Path) -> str:
+    """Methods in order of their KL at half the tokens, budgets side by side."""
+    found = open_results(path).measurements
+    groups: dict[str, list[Measurement]] = {}
+    for each in found:
+        if each.setting.policy != DENSE:
+            groups.setdefault(method_of(each.label), []).append(each)
+    for group in groups.values():
+        group.sort(key=lambda each: -each.scores.cache_bytes)
+    middle = len(BUDGETS) // 2
+    ranked = sorted(groups.items(), key=lambda item: _scores(item[1][middle]).kl)
+    rows = [
+        (
+            _code(method),
+            *(f"{_scores(each).perplexity:.2f}" for each in group),
+            *(f"{_scores(each).kl:.4f}" for each in group),
+            f"{_scores(group[-1]).flips:.0%}",
+        )
+        for method, group in ranked
+    ]
+    first, *others = (f"{budget:g}" for budget in BUDGETS)
+    header = ("method", f"perplexity {first}", *others, f"KL {first}", *others, "flips 0.25")
+    return _page(found, header, rows)
+
+
+def by_share(path: Path) -> str:
+    """Methods at the bytes that they take, each with what it costs there."""
+    found = open_results(path).measurements
+    dense = _dense(found)
+    groups: dict[str, list[str]] = {}
+    for each in found:
+        if each.setting.policy != DENSE:
+            share = each.scores.cache_bytes / dense.scores.cache_bytes
+            scores = _scores(each)
+            cell = f"{scores.kl:.2g} ({scores.perplexity:.2f}) at {share:.0%}"
+            groups.setdefault(method_of(each.label), []).append(cell)
+    most = max(map(len, groups.values()))
+    rows = [(_code(name), *cells, *[""] * (most - len(cells))) for name, cells in groups.items()]
+    header = ("policy", "KL, nats (perplexity) at its share of the dense bytes", *[""] * (most - 1))
+    return _page(found, header, rows)
+
+
+def decoded(path: Path) -> str:
+    """Milliseconds per token of every contender."""
+    document = json.loads(path.read_text("utf-8"))
+    bench = DecodeBench(**{**document, "rows": tuple(Timed(**row) for row in document["rows"])})
+    rows = [
+        (
+            f"{row.length:,}",
+            _code(row.contender),
+            *(_timed(row) if row.median_ms is not None else (row.refusal, "", "", "")),
+        )
+        for row in bench.rows
+    ]
+    header = (
+        "context",
+        "contender",
+        "ms/token (p25-p75)",
+        "of HF default",
+        "prefill s",
+        "cache MiB",
+    )
+    return f"{bench.headline()}\n\n{_table(header, rows, left=2)}"
+
+
+def reused(path: Path, workload: str) -> str:
+    """The contenders of one workload of `kvfx bench reuse`, all agents together and each alone."""
+    document = json.loads(path.read_text("utf-8"))
+    del document["rows"]
+    samples = tuple(Request(**sample) for sample in document["samples"])
+    bench = ReuseBench(**{**document, "samples": samples})
+    chosen = [row for row in bench.rows if row.workload == workload]
+    last = max(row.agent for row in chosen if row.agent != "all")
+    shown = [row for row in chosen if row.agent in ("all", last)]
+    header = (
+        *("policy", "agent", "first token, ms", "faster than dense [range]"),
+        *("found", "computed again", "calls reused", "KL, nats (worst)", "tokens agree"),
+    )
+    rows = [_reused(row) for row in shown]
+    if not last:
+        header, rows = header[:1] + header[2:], [row[:1] + row[2:] for row in rows]
+    title = f"{bench.headline()}\n\n**{bench.titles[workload]}**"
+    return f"{title}\n\n{_table(header, rows)}"
+
+
+def _reused(row: Reused) -> tuple[str, ...]:
+    return (
+        _code(row.contender),
+        row.agent,
+        f"{row.first_ms.median:,.0f}",
+        row.ratio.text(".2f", "x"),
+        f"{row.found:.0%}",
+        f"{row.repaired:,.0f}",
+        f"{row.calls:.0%}",
+        f"{row.kl:.2g} ({row.most_kl:.2g})",
+        f"{row.agreement:.0%}",
+    )
+
+
+def _timed(row: Timed) -> tuple[str, ...]:
+    assert row.ratio is not None
+    assert row.prefill_ms is not None
+    assert row.cache_bytes is not None
+    return (
+        f"{row.median_ms:.1f} ({row.p25_ms:.1f}-{row.p75_ms:.1f})",
+        f"{row.ratio:.2f}",
+        f"{row.prefill_ms / 1e3:.2f}",
+        f"{row.cache_bytes / 2**20:.1f}",
+    )
+
+
+def _dense(found: Sequence[Measurement]) -> Measurement:
+    return next(each for each in found if each.setting.policy == DENSE)
+
+
+def _scores(found: Measurement) -> Fidelity:
+    assert isinstance(found.scores, Fidelity)
+    return found.scores
+
+
+def _page(
+    found: Sequence[Measurement], header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> str:
+    setting = replace(found[0].setting, policy="")
+    what = (
+        f"{setting.length:,} tokens, then {setting.options['scored']} scored, read by "
+        f"{setting.options['chunk']}; {setting.samples} windows of text {setting.text}, seed "
+        f"{setting.seed}; dense perplexity {_scores(found[0]).dense_perplexity:.2f}"
+    )
+    return f"{headline(found)}. {what}.\n\n{_table(header, rows)}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    rule = [*["---"] * left, *["---:"] * (len(header) - left)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def _code(label: str) -> str:
+    return "`" + label.replace("|", "\\|") + "`"

@@ -1,0 +1,90 @@
+"""Tables of measurements: each page shows what the measured files say, and every stage runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.benchmarks import reproduce
+from examples.benchmarks.pages import BLOCK, DATA, TABLES, filled, pages
+from examples.benchmarks.stages import STAGES
+from kvfx.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", pages(), ids=named)
+def test_tables_are_what_was_measured(page):
+    text = page.read_text("utf-8")
+    assert filled(text) == text
+
+
+def test_every_measured_table_has_a_page():
+    shown = [name for page in pages() for name, _ in BLOCK.findall(page.read_text("utf-8"))]
+    assert sorted(shown) == sorted(TABLES)
+    assert {file for file, _ in TABLES.values()} <= {stage.file for stage in STAGES}
+
+
+def test_a_number_that_was_not_measured_is_noticed():
+    page = pages()[0].read_text("utf-8")
+    block = BLOCK.search(page)
+    assert block is not None
+    assert filled(page.replace(block[2], "| fast |\n")) != page.replace(block[2], "| fast |\n")
+    with pytest.raises(InputError, match="known are"):
+        filled("<!-- measured: nonsense -->\n<!-- end of measured -->")
+
+
+def test_only_names_a_stage(capsys):
+    with pytest.raises(SystemExit, match=r"--only tables\.json: choose from calibration"):
+        reproduce.main(["--only", "tables.json"])
+    with pytest.raises(SystemExit, match="pages show whole measurements"):
+        reproduce.main(["--quick", "--docs"])
+
+
+def test_a_stage_that_fails_ends_the_run(tmp_path, monkeypatch):
+    stage = STAGES[1]
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(SystemExit, match=r"stores\.json was not measured"):
+        reproduce.measure(stage, tmp_path, quick=True)
+
+
+def test_what_is_measured_is_kept(tmp_path, capsys, monkeypatch):
+    stage = next(stage for stage in STAGES if stage.printed)
+    (tmp_path / stage.file).write_text("{}")
+    monkeypatch.setattr(subprocess, "run", None)
+    reproduce.measure(stage, tmp_path, quick=True)
+    assert "measured" in capsys.readouterr().out
+
+
+def test_measured_files_say_where_and_when():
+    for name in {file for file, _ in TABLES.values()}:
+        text = (DATA / name).read_text("utf-8")
+        document = json.loads(text)
+        rows = document.get("measurements", [document])
+        assert all(row["versions"] and row["device"] and row["threads"] for row in rows)
+
+
+@pytest.mark.slow
+def test_everything_is_measured_in_short(tmp_path, smollm2):
+    """The quick profile: each stage's command runs and leaves its file, then all is drawn."""
+    del smollm2  # it is converted before, and kept where the commands look for it
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.benchmarks.reproduce", "--quick", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in STAGES:
+        assert (tmp_path / stage.file).stat().st_size > 0
+    assert (tmp_path / "report.html").exists()
+    assert list((tmp_path / "figures").glob("quality_bytes*.svg"))
