@@ -248,7 +248,7 @@ def explain(
     """Say what compress would do, site by site, without compiling or running anything."""
     import kvfx
 
-    source, _ = _load(model)
+    source = _load_model(model)
     with _status("capturing and rewriting"):
         report = kvfx.explain(
             source,
@@ -287,7 +287,7 @@ def plan(
     """
     import kvfx
 
-    source, _ = _load(model)
+    source = _load_model(model)
     with _status("capturing"):
         found = kvfx.plan(
             source,
@@ -430,7 +430,7 @@ def opt(
     for name in chosen:
         if name not in known:
             raise InputError(f"there is no raising pass {name!r}: {nearest(name, known)}")
-    source, _ = _load(model)
+    source = _load_model(model)
     trail = Trail()
     with _status("capturing"):
         graph = capture(source)
@@ -774,6 +774,13 @@ def _load(model: str) -> tuple[Any, Any]:
 
     source, tokenizer = models.load(model)
     return source.requires_grad_(False), tokenizer
+
+
+def _load_model(model: str) -> Any:
+    """The model alone, with gradients off."""
+    from kvfx import models
+
+    return models.load_model(model).requires_grad_(False)
 
 
 def _calibration(path: Path | None) -> Calibration | None:

@@ -96,6 +96,15 @@ def load(
         return _load_gguf(files, dtype)
 
 
+def load_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model alone, in eval mode: a folder need not hold a tokenizer."""
+    files = resolve(model)
+    if files.gguf is not None:
+        return load(model, dtype)[0]
+    with _quiet_transformers(), _progress(f"loading {files.name}"):
+        return _read_model(files, dtype)
+
+
 def cache_home() -> Path:
     """The folder of the converted models."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfx"
@@ -174,19 +183,34 @@ def _load_gguf(
 
 
 def _read(files: ModelFiles, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    with _reading(files):
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf)
+    return _read_model(files, dtype), tokenizer
+
+
+def _read_model(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
 
     options = {} if files.gguf is None else _gguf_options(files.gguf)
+    with _reading(files):
+        model = AutoModelForCausalLM.from_pretrained(files.folder, dtype=dtype, **options)
+    _forget_quantizer(model)
+    return model.eval()
+
+
+@contextmanager
+def _reading(files: ModelFiles) -> Iterator[None]:
+    """What transformers raises becomes a ModelNotFound."""
+    from safetensors import SafetensorError
+
     try:
         # one bar of the GGUF reader obeys no setting: it writes where stderr is
         with redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf)
-            model = AutoModelForCausalLM.from_pretrained(files.folder, dtype=dtype, **options)
+            yield
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelNotFound(f"transformers cannot load {files.folder}: {error}") from error
-    _forget_quantizer(model)
-    return model.eval(), tokenizer
 
 
 def _gguf_options(gguf: str) -> dict[str, object]:

@@ -40,7 +40,9 @@ LONGEST = (
     "test_memory.py",
     "test_eval_smollm2.py",
     "test_examples.py",
+    "test_pages.py",
     "test_notebooks.py",
+    "test_measured_pages.py",
     "test_record.py",
     "test_offline.py",
 )

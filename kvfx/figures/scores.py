@@ -28,6 +28,6 @@ def value_of(measure: str, found: Measurement) -> tuple[float, tuple[float, floa
 
 
 def method_of(label: str) -> str:
-    """The policy without its budgets: points of one method are joined."""
+    """The policy without its budgets, or a peer without its size: one method, one line."""
     without = re.sub(r"\b(?:budget|context)=[^,()]*(?:, )?", "", label)
-    return without.replace(", )", ")").replace("()", "")
+    return re.sub(r" \d+(?:%|-bit)$", "", without.replace(", )", ")").replace("()", ""))

@@ -240,6 +240,22 @@ def test_converted_equals_direct(smollm2, tmp_path, monkeypatch):
     assert cached.generation_config.eos_token_id == direct.generation_config.eos_token_id
 
 
+def test_a_folder_without_a_tokenizer(tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    again = models.load_model(str(tmp_path))
+    rows = left_padded((9, 4))
+    assert torch.equal(again(**rows).logits, model(**rows).logits)
+    assert not again.training
+    with pytest.raises(ModelNotFound, match="transformers cannot load"):
+        models.load(str(tmp_path))
+
+
+def test_the_model_alone_of_a_gguf_file(cache, gguf, reads):
+    assert models.load_model(str(gguf)).training is False
+    assert reads == ["gguf"]
+
+
 def test_a_saved_folder_loads(tmp_path):
     model = tiny_llama()
     model.save_pretrained(tmp_path)

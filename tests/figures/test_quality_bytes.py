@@ -70,6 +70,8 @@ def test_methods_join_their_budgets(measurements):
         ("Auto(budget=14745690, context=1153) | SnapKV(budget=0.25)", "Auto | SnapKV"),
         ("PrefixKV(budget='1MiB')", "PrefixKV"),
         ("KIVI(bits=4)", "KIVI(bits=4)"),
+        ("kvpress KeyDiff 25%", "kvpress KeyDiff"),
+        ("transformers quanto 4-bit", "transformers quanto"),
     ],
 )
 def test_a_method_is_a_policy_without_its_budgets(label, method):
