@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -277,12 +277,14 @@ def _keep(
 
 @contextmanager
 def _progress(what: str) -> Iterator[None]:
-    """Show what takes time on a terminal; anywhere else rich keeps silent."""
+    """Show what takes time on a terminal; anywhere else, notebooks included, keep silent."""
     from rich.console import Console
 
-    # this very stream: sys.stderr is redirected meanwhile; in a notebook rich would ask for widgets
-    with Console(file=sys.stderr, force_jupyter=False).status(what):
+    # this very stream: sys.stderr is redirected meanwhile
+    console = Console(file=sys.stderr)
+    with nullcontext() if console.is_jupyter else console.status(what):
         yield
+
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,11 @@ def test_a_number_that_was_not_measured_is_noticed():
         filled("<!-- measured: nonsense -->\n<!-- end of measured -->")
 
 
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"stores\.json is missing: measure it"):
+        filled("<!-- measured: stores -->\n<!-- end of measured -->", tmp_path)
+
+
 def test_only_names_a_stage(capsys):
     with pytest.raises(SystemExit, match=r"--only tables\.json: choose from calibration"):
         reproduce.main(["--only", "tables.json"])
@@ -79,6 +85,8 @@ def test_everything_is_measured_in_short(tmp_path, smollm2):
     done = subprocess.run(
         [sys.executable, "-m", "examples.benchmarks.reproduce", "--quick", "--out", str(tmp_path)],
         cwd=ROOT,
+        # workers of a parallel test run share the cores
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

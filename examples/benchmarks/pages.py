@@ -26,10 +26,6 @@ TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "equal-bytes": ("equal-bytes.json", tables.by_share),
     "peers": ("peers/quality.json", tables.evaluated),
     "peers-speed": ("peers/speed.json", tables.decoded),
-    "decode": ("decode.json", tables.decoded),
-    "reuse-rag": ("reuse.json", lambda path: tables.reused(path, "rag")),
-    "reuse-agents": ("reuse.json", lambda path: tables.reused(path, "agents")),
-    "reuse-turns": ("reuse.json", lambda path: tables.reused(path, "turns")),
 }
 
 
@@ -47,6 +43,8 @@ def filled(text: str, data: Path = DATA) -> str:
         if name not in TABLES:
             raise InputError(f"<!-- measured: {name} -->: known are {', '.join(TABLES)}")
         file, shown = TABLES[name]
+        if not (data / file).exists():
+            raise InputError(f"<!-- measured: {name} -->: {data / file} is missing: measure it")
         body = shown(data / file).strip()
         return f"<!-- measured: {name} -->\n{body}\n<!-- end of measured -->"
 

@@ -61,6 +61,7 @@ FULL = Profile(
     rounds=3,
     policies=(
         "KIVI(bits=4)",
+        "KIVI(bits=4, residual=32)",
         "KIVI(bits=2)",
         "SnapKV() | KIVI(bits=4)",
         "Auto(budget=1, context=1) | SnapKV()",

@@ -111,8 +111,7 @@ STAGES = (
     Stage(
         "reuse.json",
         "kvfx bench reuse --model smollm2 --json",
-        "--chunks 3 --tokens 48 --prompts 1 --turn 48 --agents 2 --role 32 --question 48 "
-        "--answer 16 --rounds 3 --questions 2 --scored 4 --no-compile",
+        "--workloads turns --prompts 1 --turn 48 --scored 4 --no-compile",
         printed=True,
     ),
 )

@@ -7,11 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kvfx.bench.decode import DecodeBench
-from kvfx.bench.decode import Row as Timed
-from kvfx.bench.reuse_table import ReuseBench
-from kvfx.bench.reuse_table import Row as Reused
-from kvfx.bench.reuse_table import Sample as Request
+from kvfx.bench.decode import DecodeBench, Row
 from kvfx.eval.fidelity import Fidelity
 from kvfx.eval.results import Measurement, open_results
 from kvfx.eval.table import DENSE, headline, sections
@@ -88,7 +84,7 @@ def by_share(path: Path) -> str:
 def decoded(path: Path) -> str:
     """Milliseconds per token of every contender."""
     document = json.loads(path.read_text("utf-8"))
-    bench = DecodeBench(**{**document, "rows": tuple(Timed(**row) for row in document["rows"])})
+    bench = DecodeBench(**{**document, "rows": tuple(Row(**row) for row in document["rows"])})
     rows = [
         (
             f"{row.length:,}",
@@ -108,41 +104,7 @@ def decoded(path: Path) -> str:
     return f"{bench.headline()}\n\n{_table(header, rows, left=2)}"
 
 
-def reused(path: Path, workload: str) -> str:
-    """The contenders of one workload of `kvfx bench reuse`, all agents together and each alone."""
-    document = json.loads(path.read_text("utf-8"))
-    del document["rows"]
-    samples = tuple(Request(**sample) for sample in document["samples"])
-    bench = ReuseBench(**{**document, "samples": samples})
-    chosen = [row for row in bench.rows if row.workload == workload]
-    last = max(row.agent for row in chosen if row.agent != "all")
-    shown = [row for row in chosen if row.agent in ("all", last)]
-    header = (
-        *("policy", "agent", "first token, ms", "faster than dense [range]"),
-        *("found", "computed again", "calls reused", "KL, nats (worst)", "tokens agree"),
-    )
-    rows = [_reused(row) for row in shown]
-    if not last:
-        header, rows = header[:1] + header[2:], [row[:1] + row[2:] for row in rows]
-    title = f"{bench.headline()}\n\n**{bench.titles[workload]}**"
-    return f"{title}\n\n{_table(header, rows)}"
-
-
-def _reused(row: Reused) -> tuple[str, ...]:
-    return (
-        _code(row.contender),
-        row.agent,
-        f"{row.first_ms.median:,.0f}",
-        row.ratio.text(".2f", "x"),
-        f"{row.found:.0%}",
-        f"{row.repaired:,.0f}",
-        f"{row.calls:.0%}",
-        f"{row.kl:.2g} ({row.most_kl:.2g})",
-        f"{row.agreement:.0%}",
-    )
-
-
-def _timed(row: Timed) -> tuple[str, ...]:
+def _timed(row: Row) -> tuple[str, ...]:
     assert row.ratio is not None
     assert row.prefill_ms is not None
     assert row.cache_bytes is not None
