@@ -68,6 +68,8 @@ def draw(folder: Path) -> None:
     """The page and the pictures of what was measured so far."""
     found = [folder / name for name in DRAWN if (folder / name).exists()]
     if found:
+        # names follow what there is to draw: older pictures must not stay beside them
+        shutil.rmtree(folder / "figures", ignore_errors=True)
         page = ("--html", str(folder / "report.html"), "--figures", str(folder / "figures"))
         subprocess.run(
             [sys.executable, "-m", "kvfx", "report", *map(str, found), *page], cwd=ROOT, check=True
@@ -80,8 +82,9 @@ def write_docs(folder: Path) -> None:
         if (folder / name).exists():
             (DATA / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, DATA / name)
-    FIGURES.mkdir(parents=True, exist_ok=True)
-    for picture in (folder / "figures").glob("*.svg"):
+    shutil.rmtree(FIGURES, ignore_errors=True)
+    FIGURES.mkdir(parents=True)
+    for picture in (folder / "figures").glob("quality_bytes*.svg"):
         shutil.copyfile(picture, FIGURES / picture.name)
     for page in write_pages():
         print(f"written: {page.relative_to(ROOT)}")
