@@ -286,7 +286,6 @@ def _progress(what: str) -> Iterator[None]:
         yield
 
 
-
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Keep the progress bars of transformers off the screen."""
