@@ -1,8 +1,11 @@
-"""What tests share: where Triton runs, how Hypothesis draws, the real model, poisoned memory."""
+"""What tests share: where Triton runs, how Hypothesis draws, the real model, poisoned memory, a
+browser.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 
 # tests need no network, and say so before transformers is imported
@@ -22,6 +25,7 @@ from kvfx.testing.poison import poisoned_empty
 
 HAS_GPU = torch.cuda.is_available()
 THREADS = 2
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 settings.register_profile(
     "ci",
@@ -96,3 +100,18 @@ def smollm2():
     """The demo's model and tokenizer, in fp32; mark the test `slow`, leave the model as it is."""
     model, tokenizer = models.load("smollm2", torch.float32)
     return model.requires_grad_(False), tokenizer
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="pip install playwright (no download of browsers)"
+    )
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip("no Chromium: apt-get install -y --no-install-recommends chromium")
+    with playwright.sync_playwright() as play:
+        started = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()

@@ -82,9 +82,11 @@ def write_docs(folder: Path) -> None:
         if (folder / name).exists():
             (DATA / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, DATA / name)
-    shutil.rmtree(FIGURES, ignore_errors=True)
-    FIGURES.mkdir(parents=True)
-    for picture in (folder / "figures").glob("quality_bytes*.svg"):
+    drawn = list((folder / "figures").glob("quality_bytes*.svg"))
+    if drawn:
+        shutil.rmtree(FIGURES, ignore_errors=True)
+        FIGURES.mkdir(parents=True)
+    for picture in drawn:
         shutil.copyfile(picture, FIGURES / picture.name)
     for page in write_pages():
         print(f"written: {page.relative_to(ROOT)}")

@@ -12,8 +12,15 @@ from examples.benchmarks.contenders import Environment, Way
 from examples.benchmarks.peer_process import PeerProcess
 from kvfx.bench.clock import Clock
 from kvfx.bench.contenders import Contender, Generated, hf_default, hf_static, kvfx_under
-from kvfx.bench.decode import DecodeBench, bench_length, inductor_cache, text_ids, why_wrong
-from kvfx.bench.machine import device_name, today, versions
+from kvfx.bench.decode import (
+    DecodeBench,
+    bench_length,
+    inductor_cache,
+    measured_here,
+    text_ids,
+    why_wrong,
+)
+from kvfx.bench.machine import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,18 +67,8 @@ def bench(
         ]
         contenders.append(hf_static(model))
         rows = bench_length(contenders, ids, new_tokens, rounds, why_wrong, tell)
-    return DecodeBench(
-        model=name,
-        device=device_name(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        date=today(),
-        versions=_versions(peers),
-        cold_compile=False,
-        rounds=rounds,
-        new_tokens=new_tokens,
-        rows=tuple(rows),
-    )
+    found = _versions(peers)
+    return measured_here(name, model, rows, found, cold=False, rounds=rounds, new_tokens=new_tokens)
 
 
 def _versions(peers: Sequence[tuple[Environment, PeerProcess]]) -> dict[str, str]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from kvfx.bench.decode import DecodeBench, Row
+from kvfx.bench.decode import Row
 from kvfx.eval.fidelity import Fidelity
 from kvfx.eval.results import Measurement, open_results
-from kvfx.eval.table import DENSE, headline, sections
-from kvfx.figures.scores import method_of
+from kvfx.eval.table import DENSE, dense_of, headline, markdown_table, sections
+from kvfx.figures.inputs import read_inputs, steps
+from kvfx.figures.labels import method_of
 
 BUDGETS = (0.75, 0.5, 0.25)
 
@@ -28,7 +27,7 @@ def fidelity(path: Path) -> str:
     dense = _dense(found)
     rows = [
         (
-            _code(each.label),
+            each.label,
             f"{each.scores.cache_bytes / dense.scores.cache_bytes:.0%}",
             f"{_scores(each).perplexity:.2f}",
             f"{_scores(each).kl:.2g}",
@@ -52,7 +51,7 @@ def by_budget(path: Path) -> str:
     ranked = sorted(groups.items(), key=lambda item: _scores(item[1][middle]).kl)
     rows = [
         (
-            _code(method),
+            method,
             *(f"{_scores(each).perplexity:.2f}" for each in group),
             *(f"{_scores(each).kl:.4f}" for each in group),
             f"{_scores(group[-1]).flips:.0%}",
@@ -76,32 +75,25 @@ def by_share(path: Path) -> str:
             cell = f"{scores.kl:.2g} ({scores.perplexity:.2f}) at {share:.0%}"
             groups.setdefault(method_of(each.label), []).append(cell)
     most = max(map(len, groups.values()))
-    rows = [(_code(name), *cells, *[""] * (most - len(cells))) for name, cells in groups.items()]
+    rows = [(name, *cells, *[""] * (most - len(cells))) for name, cells in groups.items()]
     header = ("policy", "KL, nats (perplexity) at its share of the dense bytes", *[""] * (most - 1))
     return _page(found, header, rows)
 
 
 def decoded(path: Path) -> str:
     """Milliseconds per token of every contender."""
-    document = json.loads(path.read_text("utf-8"))
-    bench = DecodeBench(**{**document, "rows": tuple(Row(**row) for row in document["rows"])})
+    (bench,) = read_inputs([path]).benches
     rows = [
         (
+            row.contender,
             f"{row.length:,}",
-            _code(row.contender),
             *(_timed(row) if row.median_ms is not None else (row.refusal, "", "", "")),
         )
-        for row in bench.rows
+        for row in steps(bench)
     ]
-    header = (
-        "context",
-        "contender",
-        "ms/token (p25-p75)",
-        "of HF default",
-        "prefill s",
-        "cache MiB",
-    )
-    return f"{bench.headline()}\n\n{_table(header, rows, left=2)}"
+    times = ("ms/token (p25-p75)", "of HF default", "prefill s", "cache MiB")
+    table = markdown_table(("contender", "context", *times), rows)
+    return f"{bench.headline()}\n\n{table}"
 
 
 def _timed(row: Row) -> tuple[str, ...]:
@@ -117,7 +109,9 @@ def _timed(row: Row) -> tuple[str, ...]:
 
 
 def _dense(found: Sequence[Measurement]) -> Measurement:
-    return next(each for each in found if each.setting.policy == DENSE)
+    dense = dense_of(found)
+    assert dense is not None
+    return dense
 
 
 def _scores(found: Measurement) -> Fidelity:
@@ -128,19 +122,10 @@ def _scores(found: Measurement) -> Fidelity:
 def _page(
     found: Sequence[Measurement], header: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> str:
-    setting = replace(found[0].setting, policy="")
+    setting = found[0].setting
     what = (
         f"{setting.length:,} tokens, then {setting.options['scored']} scored, read by "
         f"{setting.options['chunk']}; {setting.samples} windows of text {setting.text}, seed "
         f"{setting.seed}; dense perplexity {_scores(found[0]).dense_perplexity:.2f}"
     )
-    return f"{headline(found)}. {what}.\n\n{_table(header, rows)}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    rule = [*["---"] * left, *["---:"] * (len(header) - left)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
-
-
-def _code(label: str) -> str:
-    return "`" + label.replace("|", "\\|") + "`"
+    return f"{headline(found)}. {what}.\n\n{markdown_table(header, rows)}"

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvfx.bench.contenders import cache_bytes
-from kvfx.eval.answers import Prompt, make_prompts
+from kvfx.eval.answers import Prompt
 from kvfx.eval.suite import PERPLEXITY, Suite
 from kvfx.eval.tasks import TASKS
-from kvfx.eval.text import digest, windows
+from kvfx.eval.text import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,27 +66,13 @@ def _inputs(
     task: str, suite: Suite, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, Any], str]:
     if task == PERPLEXITY:
-        tokens = suite.lengths[0] + suite.scored + 1
-        ids = windows(suite.text, tokenizer, tokens=tokens, count=suite.windows, seed=suite.seed)
-        given = {"windows": ids.tolist(), "scored": suite.scored, "chunk": suite.chunk}
-        return given, digest(ids.tolist())
-    rows = [
-        (prompt.context.tolist(), prompt.question.tolist(), prompt.answer.tolist())
-        for prompt in _prompts(task, suite, tokenizer)
-    ]
+        ids = suite.texts(tokenizer, suite.lengths[0]).tolist()
+        return {"windows": ids, "scored": suite.scored, "chunk": suite.chunk}, digest(ids)
+    rows = [prompt.tokens() for prompt in _prompts(task, suite, tokenizer)]
     names = ("context", "question", "answer")
     return {"prompts": [dict(zip(names, row, strict=True)) for row in rows]}, digest(rows)
 
 
 def _prompts(task: str, suite: Suite, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     # of one length, and none of those whose answers have parts
-    return make_prompts(
-        TASKS[task],
-        suite.text,
-        tokenizer,
-        tokens=suite.lengths[0],
-        count=suite.samples,
-        depths=suite.depths,
-        question=suite.question,
-        seed=suite.seed,
-    )
+    return suite.prompts(TASKS[task], tokenizer, suite.lengths[0])

@@ -149,13 +149,28 @@ def bench_decode(
         for length in lengths:
             ids = text_ids(tokenizer, length).to(model.device)
             rows += bench_length(contenders, ids, new_tokens, rounds, why_wrong, tell)
+    found = versions("torch", "transformers")
+    return measured_here(name, model, rows, found, cold=cold, rounds=rounds, new_tokens=new_tokens)
+
+
+def measured_here(
+    name: str,
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    versions: dict[str, str],
+    *,
+    cold: bool,
+    rounds: int,
+    new_tokens: int,
+) -> DecodeBench:
+    """Rows that were just measured on this machine."""
     return DecodeBench(
         model=name,
         device=device_name(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         date=today(),
-        versions=versions("torch", "transformers"),
+        versions=versions,
         cold_compile=cold,
         rounds=rounds,
         new_tokens=new_tokens,

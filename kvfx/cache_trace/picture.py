@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -88,6 +89,20 @@ def plot(trace: CacheTrace, head: int, path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
+def areas(trace: CacheTrace, site: int, head: int) -> Iterator[tuple[str, int, int, int, int]]:
+    """What one KV head is made of: a status, from which step to which, the first position that has
+    it and how many; neighbours with the same history are one.
+    """
+    changes: list[list[tuple[int, str]]] = [[] for _ in trace.tokens]
+    for change in trace.sites[site].heads[head]:
+        changes[change.position].append((change.step, change.status))
+    for timeline, group in itertools.groupby(range(len(changes)), changes.__getitem__):
+        positions = list(group)
+        ends = [start for start, _ in timeline[1:]] + [len(trace.steps)]
+        for (start, status), end in zip(timeline, ends, strict=True):
+            yield status, start, end, positions[0], len(positions)
+
+
 def _head(trace: CacheTrace, site: int, head: int) -> int:
     return min(head, len(trace.sites[site].heads) - 1)
 
@@ -101,14 +116,9 @@ def _used(trace: CacheTrace) -> list[str]:
 def _panel(trace: CacheTrace, site: int, head: int, left: int, top: int) -> str:
     """One site: a path per status, made of rectangles in units of tokens and steps."""
     paths: dict[str, list[str]] = {}
-    timelines = _timelines(trace, site, _head(trace, site, head))
-    for timeline, group in itertools.groupby(range(len(timelines)), timelines.__getitem__):
-        positions = list(group)
-        ends = [start for start, _ in timeline[1:]] + [len(trace.steps)]
-        for (start, status), end in zip(timeline, ends, strict=True):
-            paths.setdefault(status, []).append(
-                f"M{positions[0]} {start}h{len(positions)}v{end - start}h-{len(positions)}z"
-            )
+    for status, start, end, first, count in areas(trace, site, _head(trace, site, head)):
+        path = f"M{first} {start}h{count}v{end - start}h-{count}z"
+        paths.setdefault(status, []).append(path)
     scale = f"scale({WIDTH / len(trace.tokens):.5f} {HEIGHT / len(trace.steps):.5f})"
     cells = "".join(
         f'<path class="{status}" d="{"".join(parts)}"/>' for status, parts in paths.items()
@@ -118,14 +128,6 @@ def _panel(trace: CacheTrace, site: int, head: int, left: int, top: int) -> str:
         f'<g transform="translate({left} {top}) {scale}" shape-rendering="crispEdges">{cells}</g>'
         f'<rect class="frame" x="{left}" y="{top}" width="{WIDTH}" height="{HEIGHT}"/>'
     )
-
-
-def _timelines(trace: CacheTrace, site: int, head: int) -> list[tuple[tuple[int, str], ...]]:
-    """For each position, when its status became which."""
-    found: list[list[tuple[int, str]]] = [[] for _ in trace.tokens]
-    for change in trace.sites[site].heads[head]:
-        found[change.position].append((change.step, change.status))
-    return [tuple(changes) for changes in found]
 
 
 def _legend(trace: CacheTrace, top: int) -> str:

@@ -40,6 +40,10 @@ class Prompt:
     answer: Tensor
     score: Callable[[Sequence[int]], float] | None = None
 
+    def tokens(self) -> tuple[list[int], list[int], list[int]]:
+        """Context, question and answer as numbers."""
+        return self.context.tolist(), self.question.tolist(), self.answer.tolist()
+
 
 @dataclass(frozen=True)
 class Retrieval:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from kvfx.bench.machine import device_name, today, versions
 from kvfx.errors import UnsupportedShape
-from kvfx.eval.answers import Prompt, Retrieval, answer_prompt, make_prompts
+from kvfx.eval.answers import Prompt, Retrieval, answer_prompt
 from kvfx.eval.equal_bytes import at_equal_bytes
 from kvfx.eval.fidelity import Fidelity, dense_log_probs, score_window
 from kvfx.eval.results import Measurement, Results, Setting
 from kvfx.eval.shared_prefill import share_prefill
 from kvfx.eval.suite import PERPLEXITY, Suite
 from kvfx.eval.tasks import ALL_TASKS
-from kvfx.eval.text import digest, windows
+from kvfx.eval.text import digest
 from kvfx.policies import Full
 from kvfx.policy import Policy
 from kvfx.report import short_policy
@@ -128,9 +128,7 @@ def _jobs(
 
 
 def _fidelity_job(setting: Setting, model: Any, tokenizer: Any, suite: Suite, tell: Tell) -> Job:
-    # one more: the row that predicts the first scored token is read through the cache
-    tokens = setting.length + suite.scored + 1
-    ids = windows(suite.text, tokenizer, tokens=tokens, count=suite.windows, seed=suite.seed)
+    ids = suite.texts(tokenizer, setting.length)
     setting = replace(
         setting,
         samples=suite.windows,
@@ -165,17 +163,8 @@ def _fidelity(
 def _answers_job(setting: Setting, model: Any, tokenizer: Any, suite: Suite, tell: Tell) -> Job:
     del model
     task = ALL_TASKS[setting.task]
-    prompts = make_prompts(
-        task,
-        suite.text,
-        tokenizer,
-        tokens=setting.length,
-        count=suite.samples,
-        depths=suite.depths,
-        question=suite.question,
-        seed=suite.seed,
-    )
-    tokens = [(p.context.tolist(), p.question.tolist(), p.answer.tolist()) for p in prompts]
+    prompts = suite.prompts(task, tokenizer, setting.length)
+    tokens = [prompt.tokens() for prompt in prompts]
     options: dict[str, int | str] = {
         "question": suite.question,
         "template_sha256": digest(task.template),

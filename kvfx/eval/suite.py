@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from kvfx.errors import InputError
-from kvfx.eval.answers import HIDDEN, VISIBLE
+from kvfx.eval.answers import HIDDEN, VISIBLE, Prompt, make_prompts
 from kvfx.eval.tasks import ALL_TASKS
-from kvfx.eval.text import Corpus
+from kvfx.eval.tasks.sample import Task
+from kvfx.eval.text import Corpus, windows
 from kvfx.policies.parse import nearest
 from kvfx.policy import Budget, Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PERPLEXITY = "perplexity"
 # one word for several tasks
@@ -51,6 +58,25 @@ class Suite:
             raise InputError(f"question={self.question!r}: choose {HIDDEN} or {VISIBLE}")
         if not self.depths or not all(0.0 <= depth <= 1.0 for depth in self.depths):
             raise InputError(f"depths={self.depths!r}: numbers between 0 (start) and 1 (end)")
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+        """The windows [W, S] for perplexity behind `length` tokens."""
+        # one more: the row that predicts the first scored token is read through the cache
+        tokens = length + self.scored + 1
+        return windows(self.text, tokenizer, tokens=tokens, count=self.windows, seed=self.seed)
+
+    def prompts(self, task: Task, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Prompt]:
+        """The samples of another task in at most `length` tokens."""
+        return make_prompts(
+            task,
+            self.text,
+            tokenizer,
+            tokens=length,
+            count=self.samples,
+            depths=self.depths,
+            question=self.question,
+            seed=self.seed,
+        )
 
 
 def with_budgets(policies: Sequence[Policy], budgets: Sequence[Budget]) -> tuple[Policy, ...]:

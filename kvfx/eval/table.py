@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvfx.bench.machine import versions_text
 from kvfx.eval.answers import CEILING, Retrieval
+from kvfx.eval.estimates import KL, RATE, RATIO, estimate
 from kvfx.eval.fidelity import Fidelity
 from kvfx.eval.results import Measurement, Setting
-from kvfx.eval.stats import bootstrap_mean, mcnemar, wilson
+from kvfx.eval.stats import mcnemar
 from kvfx.policies.full import Full
 
 if TYPE_CHECKING:
@@ -47,19 +47,34 @@ class Section:
 
     def markdown(self) -> str:
         """The section as Markdown."""
-        rule = ("---", *("---:" for _ in self.header[1:]))
-        # a policy may be composed with the letter that parts cells
-        first = [("`" + row[0].replace("|", "\\|") + "`", *row[1:]) for row in self.rows]
-        lines = ["| " + " | ".join(cells) + " |" for cells in (self.header, rule, *first)]
-        return "\n".join([f"**{self.title}**", "", *lines, "", self.remark, ""])
+        table = markdown_table(self.header, self.rows)
+        return f"**{self.title}**\n\n{table}\n\n{self.remark}\n"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows as Markdown; the first column is code, the others are numbers."""
+    rule = ("---", *("---:" for _ in header[1:]))
+    # a policy may be composed with the letter that parts cells
+    first = [("`" + row[0].replace("|", "\\|") + "`", *row[1:]) for row in rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *first))
 
 
 def sections(measurements: Sequence[Measurement]) -> list[Section]:
     """One section per task and length, in order."""
+    return [_section(group) for group in by_setting(measurements)]
+
+
+def by_setting(measurements: Sequence[Measurement]) -> list[list[Measurement]]:
+    """Measurements that differ in their policy alone, in order."""
     groups: dict[str, list[Measurement]] = {}
     for found in measurements:
         groups.setdefault(repr(replace(found.setting, policy="")), []).append(found)
-    return [_section(group) for group in groups.values()]
+    return list(groups.values())
+
+
+def dense_of(group: Sequence[Measurement]) -> Measurement | None:
+    """The dense cache among measurements of one setting."""
+    return next((found for found in group if found.setting.policy == DENSE), None)
 
 
 def headline(measurements: Sequence[Measurement]) -> str:
@@ -74,7 +89,7 @@ def headline(measurements: Sequence[Measurement]) -> str:
 
 def _section(group: Sequence[Measurement]) -> Section:
     setting = group[0].setting
-    dense = next((found for found in group if found.setting.policy == DENSE), None)
+    dense = dense_of(group)
     where = f"{setting.task}, {setting.length:,} tokens"
     if isinstance(group[0].scores, Fidelity):
         rows = tuple(_fidelity_row(found, dense) for found in group)
@@ -102,17 +117,15 @@ def _read(setting: Setting) -> str:
 
 
 def _fidelity_row(found: Measurement, dense: Measurement | None) -> tuple[str, ...]:
-    scores, seed = found.scores, found.setting.seed
+    scores = found.scores
     assert isinstance(scores, Fidelity)
-    ratio = scores.perplexity / scores.dense_perplexity
-    edges = bootstrap_mean(scores.log_ratios, seed)
-    ratios = None if edges is None else (math.exp(edges[0]), math.exp(edges[1]))
-    kl = bootstrap_mean([window.kl for window in scores.windows], seed)
+    ratio, ratios = estimate(RATIO, found)
+    kl, kls = estimate(KL, found)
     return (
         *_first(found, dense),
         f"{scores.perplexity:.3f}",
         f"{ratio:.4f}{_interval(ratios, '.4f')}",
-        f"{scores.kl:.2g}{_interval(kl, '.2g')}",
+        f"{kl:.2g}{_interval(kls, '.2g')}",
         f"{scores.flips:.1%}",
     )
 
@@ -122,19 +135,15 @@ def _retrieval_row(
 ) -> tuple[str, ...]:
     scores = found.scores
     assert isinstance(scores, Retrieval)
-    answered, samples = sum(scores.answered), len(scores.hits)
-    edges: tuple[float, float] | None = wilson(answered, samples)
-    if "score" in found.setting.options:
-        edges = bootstrap_mean(scores.hits, found.setting.seed)
-    interval = _interval(edges, ".0%")
+    rate, edges = estimate(RATE, found)
     p = "-"
     if ranked and dense is not None and dense is not found:
         assert isinstance(dense.scores, Retrieval)
         p = f"{mcnemar(dense.scores.answered, scores.answered):.2g}"
     return (
         *_first(found, dense),
-        f"{answered} of {samples}",
-        f"{scores.rate:.0%}{interval}",
+        f"{sum(scores.answered)} of {len(scores.hits)}",
+        f"{rate:.0%}{_interval(edges, '.0%')}",
         p,
     )
 

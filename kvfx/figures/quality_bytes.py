@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvfx.errors import InputError
 from kvfx.eval.answers import CEILING, Retrieval
+from kvfx.eval.estimates import KL, RATE, RATIO, estimate
 from kvfx.eval.fidelity import Fidelity
 from kvfx.eval.results import Measurement
-from kvfx.eval.table import DENSE
+from kvfx.eval.table import DENSE, by_setting, dense_of
 from kvfx.figures import canvas
-from kvfx.figures.scores import KL, RATE, RATIO, method_of, value_of
+from kvfx.figures.labels import method_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,12 +35,9 @@ def data(measurements: Sequence[Measurement], order: Sequence[str] = ()) -> dict
     A task without the dense cache among its policies is named in `left_out`: nothing says what its
     bytes are a share of. Raises InputError where no task is left.
     """
-    groups: dict[str, list[Measurement]] = {}
-    for found in measurements:
-        groups.setdefault(repr(replace(found.setting, policy="")), []).append(found)
     panels, left_out = [], []
-    for group in groups.values():
-        dense = next((found for found in group if found.setting.policy == DENSE), None)
+    for group in by_setting(measurements):
+        dense = dense_of(group)
         if dense is None:
             left_out.append(group[0].setting.task)
             continue
@@ -97,7 +94,7 @@ def _measures(dense: Measurement) -> tuple[str, ...]:
 
 def _panel(measure: str, group: Sequence[Measurement], dense: Measurement) -> dict:
     points = [_point(measure, found, dense) for found in group if found is not dense]
-    value = value_of(measure, dense)[0]
+    value = estimate(measure, dense)[0]
     every = [value, *(point["value"] for point in points)]
     edge = _edge(every) if measure == KL else None
     setting, below = dense.setting, False
@@ -148,7 +145,7 @@ def _tell_apart(panels: Sequence[dict]) -> None:
 
 
 def _point(measure: str, found: Measurement, dense: Measurement) -> dict:
-    value, edges = value_of(measure, found)
+    value, edges = estimate(measure, found)
     size = found.scores.cache_bytes
     return {
         "method": method_of(found.label),

@@ -5,8 +5,6 @@ Needs the Python package `playwright` and an installed Chromium; nothing is down
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from kvfx.figures.collect import pictures
@@ -14,23 +12,6 @@ from kvfx.figures.inputs import read_inputs
 from kvfx.figures.page import save_report
 
 pytest.importorskip("matplotlib", reason="pip install matplotlib")
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium."""
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="pip install playwright (no download of browsers)"
-    )
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("no Chromium: apt-get install -y --no-install-recommends chromium")
-    with playwright.sync_playwright() as play:
-        started = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 def test_the_report_opens_and_never_scrolls_sideways(browser, results_file, bench_file, tmp_path):

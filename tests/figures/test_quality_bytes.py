@@ -11,7 +11,7 @@ from kvfx.errors import InputError
 from kvfx.eval.stats import wilson
 from kvfx.eval.table import sections
 from kvfx.figures import canvas, quality_bytes
-from kvfx.figures.scores import method_of
+from kvfx.figures.labels import method_of
 
 pytest.importorskip("matplotlib", reason="pip install matplotlib")
 

@@ -6,7 +6,6 @@ Needs the Python package `playwright` and an installed Chromium; nothing is down
 
 from __future__ import annotations
 
-import shutil
 import time
 
 import pytest
@@ -16,23 +15,7 @@ import kvfx
 from kvfx.errors import UnsupportedShape
 from kvfx.testing.tiny import tiny_llama
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIZES = {"wide": (1400, 900), "narrow": (400, 860)}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium."""
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="pip install playwright (no download of browsers)"
-    )
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("no Chromium: apt-get install -y --no-install-recommends chromium")
-    with playwright.sync_playwright() as play:
-        started = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture

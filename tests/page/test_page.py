@@ -279,7 +279,7 @@ def every_third(config, inputs_embeds, **_):
 
 
 def test_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda _: (tiny_llama(), None))
+    monkeypatch.setattr(cli, "_load_model", lambda _: tiny_llama())
     path = tmp_path / "x.html"
     done = CliRunner().invoke(cli.app, ["explain", "m", "-p", "snapkv-25%", "--html", str(path)])
     assert done.exit_code == 0, done.output

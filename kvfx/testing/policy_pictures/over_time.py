@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 import kvfx
+from kvfx.cache_trace.picture import areas
 from kvfx.cache_trace.trace import STATUSES, CacheTrace
 from kvfx.policy import Policy
 from kvfx.testing.policy_pictures.drawing import (
@@ -97,14 +98,10 @@ def drawing_of(
     edges = [0, *itertools.accumulate(heights)]
     cell = width / len(trace.tokens)
     paths: dict[str, list[str]] = {}
-    timelines = timelines_of(trace, panel.site, panel.head)
-    for timeline, group in itertools.groupby(range(len(timelines)), timelines.__getitem__):
-        positions = list(group)
-        ends = [start for start, _ in timeline[1:]] + [len(trace.steps)]
-        for (start, status), end in zip(timeline, ends, strict=True):
-            across, down = number(cell * len(positions)), edges[end] - edges[start]
-            at = f"M{number(left + cell * positions[0])} {number(top + edges[start])}"
-            paths.setdefault(status, []).append(f"{at}h{across}v{down}h-{across}z")
+    for status, start, end, first, count in areas(trace, panel.site, panel.head):
+        across, down = number(cell * count), edges[end] - edges[start]
+        at = f"M{number(left + cell * first)} {number(top + edges[start])}"
+        paths.setdefault(status, []).append(f"{at}h{across}v{down}h-{across}z")
     cells = [f'<path class="{kind}" d="{"".join(each)}"/>' for kind, each in paths.items()]
     height, split = edges[-1], left + cell * trace.prompt
     marks = [
@@ -122,14 +119,6 @@ def drawing_of(
         words(split + 4, top + height + 15, "of the reply", "small"),
     ]
     return "".join(parts), height
-
-
-def timelines_of(trace: CacheTrace, site: int, head: int) -> list[tuple[tuple[int, str], ...]]:
-    """For each position, when its status became which."""
-    found: list[list[tuple[int, str]]] = [[] for _ in trace.tokens]
-    for change in trace.sites[site].heads[head]:
-        found[change.position].append((change.step, change.status))
-    return [tuple(changes) for changes in found]
 
 
 def heads(policy: Policy) -> tuple[Panel, ...]:

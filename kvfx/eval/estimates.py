@@ -1,9 +1,8 @@
-"""Scores as points: a value, its 95 % interval, and the method it belongs to."""
+"""Scores as numbers with their 95 % intervals, for tables and pictures."""
 
 from __future__ import annotations
 
 import math
-import re
 
 from kvfx.eval.answers import Retrieval
 from kvfx.eval.results import Measurement
@@ -13,8 +12,8 @@ from kvfx.eval.stats import bootstrap_mean, wilson
 KL, RATIO, RATE = "kl", "ratio", "rate"
 
 
-def value_of(measure: str, found: Measurement) -> tuple[float, tuple[float, float] | None]:
-    """The value of a measure and its interval, as the tables give them; None for one window."""
+def estimate(measure: str, found: Measurement) -> tuple[float, tuple[float, float] | None]:
+    """The value of a measure and its interval; None for one window."""
     scores, seed = found.scores, found.setting.seed
     if isinstance(scores, Retrieval):
         if "score" in found.setting.options:
@@ -25,9 +24,3 @@ def value_of(measure: str, found: Measurement) -> tuple[float, tuple[float, floa
     edges = bootstrap_mean(scores.log_ratios, seed)
     ratio = scores.perplexity / scores.dense_perplexity
     return ratio, None if edges is None else (math.exp(edges[0]), math.exp(edges[1]))
-
-
-def method_of(label: str) -> str:
-    """The policy without its budgets, or a peer without its size: one method, one line."""
-    without = re.sub(r"\b(?:budget|context)=[^,()]*(?:, )?", "", label)
-    return re.sub(r" \d+(?:%|-bit)$", "", without.replace(", )", ")").replace("()", ""))
