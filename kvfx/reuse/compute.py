@@ -30,6 +30,7 @@ class Computed:
     depth: int
     deviation: Tensor | None = None
     attention: Tensor | None = None
+    first: int = 0
 
 
 def compute(
@@ -79,7 +80,8 @@ def compute(
     count = int(left.sum())
     if count == 0:
         return Computed(new, int(loose.sum()), 0, 0)
-    return Computed(new, int(loose.sum()) - count, count, depth, deviation, checked.attention)
+    repaired, before = int(loose.sum()) - count, int(left.nonzero()[0])
+    return Computed(new, repaired, count, depth, deviation, checked.attention, before)
 
 
 def _run(runner: Runner, rows: LiveRows, tokens: Sequence[int], wanted: Tensor) -> None:

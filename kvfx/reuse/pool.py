@@ -145,6 +145,7 @@ class Pool:
             body,
             done.deviation,
             done.attention,
+            dense=done.first,
             repairs=self.repairs,
             watch=self.policy.layer,
         )

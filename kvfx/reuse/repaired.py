@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -21,9 +22,10 @@ class RepairedState(State):
     the newest row at the site `watch` are computed again, in ascending order (KVShare, arXiv
     2503.16525, decode stage).
 
-    A repaired row sees those before it as they are by then, so it is exact as soon as they are.
-    Rows that were computed behind approximate ones deviate as well, in the layers behind the next
-    one; by how much nobody measured, so they are not repaired.
+    A repaired row sees those before it as they are by then, and so did the rows that were computed
+    behind approximate ones: in deeper layers they deviate, by how much nobody measured. Where fewer
+    than `repairs` approximate rows are left, these follow, from the first `dense` rows on: in the
+    end all rows are what a dense run computes.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class RepairedState(State):
         deviation: Tensor,
         attention: Tensor,
         *,
+        dense: int,
         repairs: int,
         watch: int,
     ) -> None:
@@ -43,7 +46,7 @@ class RepairedState(State):
         self.runner, self.rows = runner, rows
         self.tokens = list(tokens)
         self.deviation, self.attention = deviation, attention
-        self.repairs, self.watch = repairs, watch
+        self.dense, self.repairs, self.watch = dense, repairs, watch
         self.repaired: list[int] = []
         self._check_room(len(tokens))
         self._count(len(tokens))
@@ -78,6 +81,9 @@ class RepairedState(State):
         self.attention = attention
         self.deviation[:, again] = 0.0
         self.repaired += again
+        done = set(positions)
+        while self.dense in done:
+            self.dense += 1
         self._count(count)
         return logits
 
@@ -85,6 +91,7 @@ class RepairedState(State):
         """Forget all but the first `length` rows."""
         self.tokens = self.tokens[:length]
         self.deviation[:, length:] = 0.0
+        self.dense = min(self.dense, length)
         self._count(length)
 
     def take_rows(self, rows: Tensor) -> None:
@@ -103,11 +110,15 @@ class RepairedState(State):
             )
 
     def _worst(self) -> list[int]:
-        """The approximate rows that matter most to the newest one, ascending."""
+        """The approximate rows that matter most to the newest one, then those that are not dense
+        yet; ascending.
+        """
         known = self.attention.shape[1]
         score = (self.attention * self.deviation[:, :known]).sum(0)
         best = score.topk(min(self.repairs, known)).indices.tolist()
-        return sorted(place for place in best if float(score[place]) > 0.0)
+        worst = [place for place in best if float(score[place]) > 0.0]
+        others = (place for place in range(self.dense, self.columns) if place not in worst)
+        return sorted([*worst, *itertools.islice(others, self.repairs - len(worst))])
 
     def _grow(self, count: int) -> None:
         """Make room for so many rows."""

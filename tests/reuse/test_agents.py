@@ -10,6 +10,7 @@ from types import MethodType
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import kvfx
 from kvfx.model import CompressedModel
@@ -173,6 +174,14 @@ def test_offsets_are_those_of_the_text_wherever_it_stands(shift):
     for index, layer in enumerate(oracle.layers):
         assert close(rows.keys[index][:, :, shift:], layer.keys, FLOOR)
         assert close(rows.values[index][:, :, shift:], layer.values, FLOOR)
+    # and the logits do not depend on where everything stands
+    held = DynamicCache()
+    for index in range(len(oracle.layers)):
+        pair = (x[index][:, :, shift:-1] for x in (rows.keys, rows.values))
+        held.update(*pair, index)
+    last = {"input_ids": call.input_ids[:, -1:], "position_ids": there[:, -1:]}
+    found = team.fast.source(**last, past_key_values=held).logits
+    assert close(found, team.fast.source(call.input_ids).logits[:, -1:], FLOOR)
 
 
 def test_without_two_anchors_the_prompt_is_computed():

@@ -7,10 +7,12 @@ from functools import cache
 import pytest
 import torch
 
+import kvfx
 from kvfx import KVShare
 from kvfx.errors import CapacityExceeded, InputError, UnsupportedOperation
 from kvfx.reuse import Pool
 from kvfx.reuse.repaired import RepairedState
+from kvfx.testing.tiny import tiny_llama
 
 ALL = 100
 # keys are turned in fp32
@@ -59,16 +61,21 @@ def error(state, runner):
 
 
 def test_all_repairs_at_once_are_dense(prefilled, fast, model, runner, reply):
-    """KS-6: the first step computes all approximate rows, so whatever follows is dense."""
+    """KS-6: the first step computes all approximate rows and those behind them, so whatever follows
+    is dense.
+    """
     pre = prefilled(ALL)
     state = pre.cache.state
     assert isinstance(state, RepairedState)
     assert pre.served.approximate == 36
+    first, count = state.dense, state.columns
+    assert not state.deviation[:, :first].any()
+    assert state.deviation[:, first].any()
     assert error(state, runner) > 1e-2
     found = reply(fast, pre.input_ids, pre.cache, new=12)
     assert torch.equal(found, reply(model, pre.input_ids, new=12))
-    assert len(state.repaired) == 36
-    assert state.repaired == sorted(state.repaired)
+    assert state.repaired == list(range(first, count))
+    assert state.dense == state.columns
     assert state.tokens == found[0, :-1].tolist()
     assert error(state, runner) < FLOOR
     assert not state.deviation.any()
@@ -101,7 +108,9 @@ def test_without_repairs_there_is_nothing_to_keep(prefilled, fast, model, read):
     pre = prefilled(0)
     assert not isinstance(pre.cache.state, RepairedState)
     other = prefilled(1)
+    # nothing is left to repair
     other.cache.state.deviation.zero_()
+    other.cache.state.dense = other.cache.state.columns
     assert torch.allclose(read(fast, pre), read(fast, other), rtol=0, atol=1e-9)
     assert other.cache.state.repaired == []
 
@@ -111,9 +120,26 @@ def test_repairs_come_nearer(prefilled, fast, runner):
     for repairs in (1, ALL):
         pre = prefilled(repairs)
         greedy(fast, pre.cache, int(pre.input_ids[0, -1]), 6)
-        assert len(pre.cache.state.repaired) == min(6 * repairs, 36)
+        assert len(pre.cache.state.repaired) == min(6 * repairs, 41)
         errors.append(error(pre.cache.state, runner))
     assert errors[0] > 1e-2 > FLOOR > errors[1]
+
+
+def test_a_few_repairs_a_step_are_dense_in_the_end(prefilled):
+    """KS-6, step by step: first what deviates, the worst first, then all rows in order; with
+    layers enough for rows to deviate that were computed behind approximate ones.
+    """
+    model = tiny_llama(layers=5, head_dim=32).double()
+    fast = kvfx.compress(model, "full", compile=False, verify=False)
+    pre = prefilled(9, fast=fast)
+    state = pre.cache.state
+    greedy(fast, pre.cache, int(pre.input_ids[0, -1]), 4)
+    assert not state.deviation.any()
+    assert error(state, state.runner) > 1e-3
+    greedy(fast, pre.cache, 5, 6)
+    assert state.dense == state.columns
+    assert error(state, state.runner) < FLOOR
+    assert len(state.repaired) < 9 * 10
 
 
 def test_several_rows_are_read_without_repairs(prefilled, fast, model, some):
@@ -121,7 +147,7 @@ def test_several_rows_are_read_without_repairs(prefilled, fast, model, some):
     pre, more = prefilled(ALL), torch.tensor([some(9, 7)])
     state = pre.cache.state
     fast(pre.input_ids[:, -1:], past_key_values=pre.cache)
-    assert len(state.repaired) == 36
+    assert len(state.repaired) == 41
     ids = torch.cat((pre.input_ids, more), 1)
     expected = model(ids).logits[:, -9:]
     found = fast(more, past_key_values=pre.cache).logits
@@ -132,10 +158,11 @@ def test_several_rows_are_read_without_repairs(prefilled, fast, model, some):
     assert found.shape[:2] == (1, 2)
     assert kept.cache.state.repaired == []
     assert (found - expected[:, -2:]).abs().max() > 1e-3
-    # a step of one token repairs what is left
+    # a step of one token repairs what is left, those ten rows too
     token = int(found[0, -1].argmax())
     greedy(fast, kept.cache, token, 1)
-    assert len(kept.cache.state.repaired) == 36
+    assert len(kept.cache.state.repaired) == 41 + 10
+    assert kept.cache.state.dense == kept.cache.state.columns
 
 
 def test_a_conversation_goes_on(prefilled, fast, model, reply, some):
