@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +18,20 @@ from kvfx.errors import (
     PolicyError,
     UnmatchedAttention,
     UnsupportedShape,
+    VerificationError,
 )
 from kvfx.geometry import Site
 from kvfx.graph import Graph
 from kvfx.op_table import BACKENDS
-from kvfx.pass_manager import Trail, run_passes
-from kvfx.passes.pipeline import PROGRAMS, Target, outline_passes, program_passes, raise_passes
+from kvfx.pass_manager import Pass, Trail, run_passes
+from kvfx.passes.pipeline import (
+    PROGRAMS,
+    Target,
+    check_own,
+    outline_passes,
+    program_passes,
+    raise_passes,
+)
 from kvfx.planner import Plan, make_plan
 from kvfx.policies import policy_named
 from kvfx.policy import Policy, check_at_least
@@ -74,6 +82,7 @@ def compress(
     max_length: int | None = None,
     prefill_chunk: int | None = None,
     strict: bool = True,
+    passes: Sequence[Pass] = (),
 ) -> CompressedModel:
     """The model with its KV cache compressed by `policy` (a policy or a preset's name); `model`
     itself is untouched.
@@ -88,12 +97,14 @@ def compress(
     `max_length` bounds the tokens of a conversation. With `prefill_chunk`, prompts are read and
     compressed that many tokens at a time, so that a long one never holds its dense cache: tokens
     are then ranked by what came before the end of their chunk. `strict=False` keeps sites dense
-    that the policy cannot serve.
+    that the policy cannot serve. `passes` are your own, of canonical or raised graphs: they run
+    once, each where its level is (`docs/new_pass.md`).
 
-    Raises CalibrationError (the policy needs a calibration, or this one is of another model),
-    CaptureError (not a decoder with attention), UnmatchedAttention (a site is not
-    understood), UnsupportedShape (the policy or backend cannot serve a site), PolicyError (unknown
-    or ill-composed policy), VerificationError (the rewrite is wrong: a bug of kvfx).
+    Raises InputError (a pass of `passes` cannot run), CalibrationError (the policy needs a
+    calibration, or this one is of another model), CaptureError (not a decoder with attention),
+    UnmatchedAttention (a site is not understood), UnsupportedShape (the policy or backend cannot
+    serve a site), PolicyError (unknown or ill-composed policy), VerificationError (the rewrite is
+    wrong: a bug of kvfx, or of `passes`).
     """
     from kvfx.model import CompressedModel
 
@@ -102,10 +113,16 @@ def compress(
         check_at_least("compress", "prefill_chunk", prefill_chunk, 2)
     choose = _chooser(model, policy, plan, Room(memory, batch, context), strict, calibration)
     lowered = lower(
-        model, choose, backend=backend, compile=compile, strict=strict, calibration=calibration
+        model,
+        choose,
+        backend=backend,
+        compile=compile,
+        strict=strict,
+        calibration=calibration,
+        passes=passes,
     )
     if verify:
-        validate(lowered.captured, lowered.raised)
+        _validate(lowered, passes)
     programs = {name: graph.module for name, graph in lowered.graphs.items()}
     compiled = _worth_compiling(lowered) if compile else ()
     programs.update({name: _compiled(lowered, name) for name in compiled})
@@ -144,11 +161,13 @@ def explain(
     strict: bool = True,
     calibration: Calibration | None = None,
     html: Path | str | None = None,
+    passes: Sequence[Pass] = (),
 ) -> Report:
     """What `compress` would do, site by site, without compiling or running anything.
 
     `html` is a file to write the same to as a page to look at; where the model or the policy is
-    refused, it says why, and the error is raised all the same.
+    refused, it says why, and the error is raised all the same. `passes` are your own, as for
+    `compress`.
     """
     # a page is made of what this module does
     from kvfx.page.data import Subject
@@ -167,6 +186,7 @@ def explain(
             strict=strict,
             calibration=calibration,
             trail=trail,
+            passes=passes,
         )
     except KvfxError as refusal:
         if html is not None:
@@ -202,13 +222,17 @@ def lower(
     strict: bool,
     calibration: Calibration | None = None,
     trail: Trail | None = None,
+    passes: Sequence[Pass] = (),
 ) -> Lowered:
-    """Capture and raise `model`, choose a plan for its sites, and lower every program that the plan
-    needs; passes are recorded in `trail`, if one is given.
+    """Capture and raise `model`, a user's own `passes` among those that raise it, choose a plan for
+    its sites, and lower every program that the plan needs; passes are recorded in `trail`, if one
+    is given.
     """
     trail = Trail() if trail is None else trail
+    # a capture takes seconds: what cannot run is refused before
+    check_own(passes)
     captured = capture(model)
-    raised = raised_graph(model, captured, trail, strict=strict)
+    raised = raised_graph(model, captured, trail, strict=strict, own=passes)
     if calibration is not None:
         _check(calibration, model, raised.sites)
     plan = choose(raised.sites)
@@ -293,13 +317,21 @@ def _chooser(
     )
 
 
-def raised_graph(model: PreTrainedModel, captured: Graph, trail: Trail, *, strict: bool) -> Graph:
+def raised_graph(
+    model: PreTrainedModel,
+    captured: Graph,
+    trail: Trail,
+    *,
+    strict: bool,
+    own: Sequence[Pass] = (),
+) -> Graph:
     """The captured graph of `model` with every attention raised: its sites are what is planned for.
+    A user's `own` passes run among those of kvfx.
 
     Raises UnmatchedAttention for sites that are not understood; where not `strict`, for those that
     no cache can serve.
     """
-    raised = run_passes(captured.copy(), raise_passes(), trail)
+    raised = run_passes(captured.copy(), raise_passes(own), trail)
     dense = {site.name for site in raised.sites}
     if raised.missed and (strict or not dense.issuperset(raised.missed)):
         reasons = "\n".join(f"  {miss}" for miss in raised.missed.values())
@@ -311,6 +343,20 @@ def raised_graph(model: PreTrainedModel, captured: Graph, trail: Trail, *, stric
             f"understood:\n{reasons}\n{remedy}"
         )
     return raised
+
+
+def _validate(lowered: Lowered, own: Sequence[Pass]) -> None:
+    """Translation validation; where it fails, a user's `own` passes are named first."""
+    try:
+        validate(lowered.captured, lowered.raised)
+    except VerificationError as error:
+        if not own:
+            raise
+        names = ", ".join(step.name for step in own)
+        raise VerificationError(
+            f"{error}\nyour own passes ran ({names}), suspect these first: with verify=False, "
+            "trail[name].diff() shows what each changed"
+        ) from error
 
 
 def _backend(backend: str, device: torch.device) -> str:

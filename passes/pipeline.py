@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from kvfx.errors import InputError
+from kvfx.graph import Level
 from kvfx.pass_manager import Pass
 from kvfx.passes.canonicalize import Canonicalize
 from kvfx.passes.history_masks import HistoryMasks
@@ -22,6 +26,13 @@ from kvfx.passes.stream_weights import StreamWeights
 from kvfx.planner import Plan
 
 PROGRAMS = ("prefill", "extend", "decode", "compact")
+# where a user's own pass cannot stand, and what to do instead
+NOT_OPEN = {
+    Level.CAPTURED: "canonical ones hold the same without what export leaves behind: take those",
+    Level.CACHED: "caches are inserted later, once per program: take raised ones, or say by a "
+    "policy how entries are held (docs/new_policy.md)",
+    Level.LOWERED: "these are made later, once per program: take raised ones",
+}
 
 
 @dataclass(frozen=True)
@@ -34,8 +45,9 @@ class Target:
     inductor_cpu: bool
 
 
-def raise_passes() -> tuple[Pass, ...]:
-    """CAPTURED to RAISED: once per model."""
+def raise_passes(own: Sequence[Pass] = ()) -> tuple[Pass, ...]:
+    """CAPTURED to RAISED: once per model; a user's `own` passes stand where their level is."""
+    check_own(own)
     return (
         # export leaves assertions, wrappers and no-ops behind: they hide patterns and keep dead
         # code alive
@@ -44,12 +56,16 @@ def raise_passes() -> tuple[Pass, ...]:
         JoinWrites(),
         # rows behind a cache do not begin at position zero, as a count of the input would have it
         MatchPositions(),
+        # a user's own: what these spell anew is matched below
+        *(step for step in own if step.consumes is Level.CANONICAL),
         # one op per attention, with K and V before they are repeated for grouped queries
         MatchAttention(),
         # masks become facts about positions, so that no mask has to be built for a cache
         MatchMasks(),
         # the rotary embedding of each site, for formats that move keys to other positions
         MatchRope(),
+        # a user's own: every site is known by now, and no node is held by its name yet
+        *(step for step in own if step.consumes is Level.RAISED),
         # what K and V are computed from, for formats that keep that instead
         MatchLatents(),
     )
@@ -87,3 +103,40 @@ def outline_passes() -> tuple[Pass, ...]:
     layer.
     """
     return (OutlineLayers(),)
+
+
+def check_own(own: Sequence[Pass]) -> None:
+    """Raise an InputError unless `own` are passes with names of their own that keep the level of
+    canonical or raised graphs.
+    """
+    if not isinstance(own, (tuple, list)):
+        raise InputError(f"passes={own!r} is no tuple of passes: write passes=(MyPass(),)")
+    here = (kind for kind in Pass.__subclasses__() if kind.__module__.startswith("kvfx.passes."))
+    taken = {kind.name for kind in here}
+    for index, step in enumerate(own):
+        refusal = _refusal(step, taken)
+        if refusal is not None:
+            raise InputError(f"passes[{index}], {step!r}: {refusal}")
+        taken.add(step.name)
+
+
+def _refusal(step: Pass, taken: Collection[str]) -> str | None:
+    """Why a user's pass cannot run, and what to do about it."""
+    if not isinstance(step, Pass):
+        return "it is no pass: give an instance of a subclass of kvfx.pass_manager.Pass"
+    facts = ("name", "consumes", "produces")
+    unsaid = [fact for fact in facts if getattr(step, fact, None) is None]
+    if unsaid:
+        return f"its class does not say {', '.join(unsaid)}: set each as a ClassVar"
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", step.name):
+        return f"the name {step.name!r} is not made of words and hyphens: call it 'join-silu', say"
+    if step.name in taken:
+        return f"there is a pass {step.name!r} already, of kvfx or before it: choose another name"
+    if step.consumes is not step.produces:
+        return (
+            f"it makes {step.produces.value} graphs of {step.consumes.value} ones: a pass of your "
+            "own keeps its level, let it produce what it consumes"
+        )
+    if step.consumes in NOT_OPEN:
+        return f"it takes {step.consumes.value} graphs: {NOT_OPEN[step.consumes]}"
+    return None

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 
 import kvfx
 from kvfx import KIVI, Full, LayerBudgets, PerLayer, SnapKV, StreamingLLM
-from kvfx.errors import CalibrationError, PolicyError, UnsupportedShape
+from kvfx.errors import (
+    CalibrationError,
+    InputError,
+    PolicyError,
+    UnsupportedShape,
+    VerificationError,
+)
+from kvfx.graph import Graph, Level, Miss, call, operand, replace, site_path
+from kvfx.pass_manager import Pass, Statistics
 from kvfx.planner import Plan
 from kvfx.policies import PRESETS
 from kvfx.policy import known_budget
+from kvfx.provenance import Stamp
 from kvfx.testing.tiny import left_padded, tiny, tiny_gemma3, tiny_gpt2, tiny_llama
 
 PROMPT = left_padded([9])
+aten = torch.ops.aten
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -135,3 +148,107 @@ def test_a_memory_chooses_the_budget():
 def test_what_is_to_be_compiled_has_to_be_said(asked, message):
     with pytest.raises(PolicyError, match=message):
         kvfx.compress(tiny_llama(), **asked)
+
+
+@dataclass(frozen=True)
+class WriteOut(Pass):
+    """Write every silu out; a wrong one squares the gate.
+
+    Before:  y = silu(x)
+    After:   y = mul(x, sigmoid(x))
+    """
+
+    wrong: bool = False
+    name: ClassVar[str] = "write-out"
+    consumes: ClassVar[Level] = Level.CANONICAL
+    produces: ClassVar[Level] = Level.CANONICAL
+
+    def run(self, graph: Graph, stats: Statistics) -> None:
+        """Rewrite, and miss something."""
+        stats.miss(Miss("nothing to see", "layers.0"))
+        for node in graph.calls(aten.silu.default):
+            x, mark = operand(node, 0), Stamp(site_path(node), "silu", self.name)
+            with graph.module.graph.inserting_before(node):
+                gate = call(graph, aten.sigmoid.default, (x,), mark)
+                found = (gate if self.wrong else x, gate)
+                product = call(graph, aten.mul.Tensor, found, mark)
+            replace(node, product)
+            stats.hit("silu")
+
+
+class WriteOutLater(WriteOut):
+    """The same of raised graphs."""
+
+    name = "write-out-later"
+    consumes = produces = Level.RAISED
+
+
+OWN = pytest.mark.parametrize("own", [WriteOut, WriteOutLater])
+
+
+@OWN
+def test_an_own_pass_runs_once_and_is_seen(own, tmp_path):
+    model, step = tiny_llama(), own()
+    fast = kvfx.compress(model, Full(), compile=False, passes=(step,))
+    (record,) = (each for each in fast.trail.steps if each.name == step.name)
+    assert (record.program, record.statistics.hits) == ("", {"silu": 2})
+    assert "+%: f32[B,S,112] = sigmoid(%)" in fast.trail[step.name].diff()
+    for program in ("prefill", "extend", "decode"):
+        assert fast.graph(program).text.count("mlp.act_fn <- silu") == 4
+    torch.testing.assert_close(fast(**PROMPT).logits, model(**PROMPT).logits)
+    page = fast.save_html(tmp_path / "page.html").read_text("utf-8")
+    assert f'"name":"{step.name}"' in page
+    for report in (fast.report, kvfx.explain(model, Full(), passes=(step,))):
+        assert f"miss ({step.name}): layers.0: nothing to see" in str(report)
+    # what was captured is nobody's to change
+    again = kvfx.compress(model, Full(), compile=False, verify=False)
+    assert "sigmoid" not in again.graph("decode").text
+
+
+@OWN
+def test_a_wrong_own_pass_is_found_and_suspected(own):
+    step = own(wrong=True)
+    words = rf"(?s)differs from the model.*your own passes ran \({step.name}\), suspect these"
+    with pytest.raises(VerificationError, match=words):
+        kvfx.compress(tiny_llama(), Full(), compile=False, passes=(step,))
+
+
+def test_without_own_passes_none_is_suspected(monkeypatch):
+    def refuse(captured, raised):
+        raise VerificationError("asked")
+
+    monkeypatch.setattr("kvfx.compiler.validate", refuse)
+    with pytest.raises(VerificationError, match=r"^asked$"):
+        kvfx.compress(tiny_llama(), Full(), compile=False)
+
+
+def test_an_own_pass_that_cannot_run_is_refused_before_the_capture(monkeypatch, tmp_path):
+    def busy(model):
+        raise AssertionError("captured")
+
+    monkeypatch.setattr("kvfx.compiler.capture", busy)
+    twice, html = (WriteOut(), WriteOut(wrong=True)), tmp_path / "page.html"
+    with pytest.raises(InputError, match="there is a pass 'write-out' already"):
+        kvfx.compress(tiny_llama(), Full(), passes=twice)
+    with pytest.raises(InputError, match="there is a pass 'write-out' already"):
+        kvfx.explain(tiny_llama(), Full(), passes=twice, html=html)
+    assert "there is a pass" in html.read_text("utf-8")
+
+
+def test_an_own_pass_may_change_what_keys_are_computed_from():
+    """What `CacheLatent` keeps is found behind it: nodes are held by name from then on."""
+
+    class Anew(WriteOutLater):
+        name = "anew"
+
+        def run(self, graph: Graph, stats: Statistics) -> None:
+            for node in graph.calls(aten.cat.default):
+                mark = Stamp(site_path(node), "cat", self.name)
+                with graph.module.graph.inserting_before(node):
+                    again = call(graph, aten.cat.default, node.args, mark)
+                replace(node, again)
+                stats.hit("cat")
+
+    fast = kvfx.compress(tiny("deepseek_v3"), kvfx.CacheLatent(), compile=False, passes=(Anew(),))
+    assert fast.trail["anew"].statistics.hits
+    assert fast.trail["match-latents"].statistics.hits == {"latent 16 + 8 of 144": 2}

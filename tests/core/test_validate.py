@@ -13,6 +13,7 @@ from kvfx.errors import VerificationError
 from kvfx.geometry import Window
 from kvfx.graph import Graph
 from kvfx.pass_manager import run_passes
+from kvfx.passes.match_attention import attention_roots
 from kvfx.passes.pipeline import raise_passes
 from kvfx.policies import Full
 from kvfx.testing.tiny import tiny, tiny_gemma3, tiny_llama
@@ -122,3 +123,16 @@ def test_verify_false_skips(monkeypatch):
     with pytest.raises(VerificationError, match="asked"):
         compress(model, Full(), compile=False)
     compress(model, Full(), compile=False, verify=False)
+
+
+def test_a_site_that_is_none_in_the_capture_shows_in_the_logits(llama, monkeypatch):
+    """As where a user's own pass spells an attention anew."""
+    captured, raised = llama
+    known = attention_roots(captured)
+    known.popitem()
+    monkeypatch.setattr("kvfx.validate.attention_roots", lambda graph: known)
+    validate(captured, raised)
+    wrong = raised.copy()
+    swap(wrong, 2)
+    with pytest.raises(VerificationError, match="the logits of the prefill program differs"):
+        validate(captured, wrong)

@@ -141,6 +141,6 @@ def test_models_that_take_no_positions(architecture, monkeypatch):
         expected = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
         assert torch.equal(said[row, 20 - length :], expected[0])
     passes = tuple(p for p in pipeline.raise_passes() if p.name != "match-positions")
-    monkeypatch.setattr("kvfx.compiler.raise_passes", lambda: passes)
+    monkeypatch.setattr("kvfx.compiler.raise_passes", lambda own: passes)
     with pytest.raises(VerificationError, match="differs from the model"):
         kvfx.compress(model, "full", compile=False)
