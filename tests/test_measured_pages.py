@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from examples.benchmarks import reproduce
-from examples.benchmarks.pages import BLOCK, DATA, TABLES, filled, pages
+from examples.benchmarks.pages import BLOCK, DATA, FIGURES, PICTURES, TABLES, filled, pages, sources
 from examples.benchmarks.stages import STAGES
 from kvfx.errors import InputError
 
@@ -31,7 +32,17 @@ def test_tables_are_what_was_measured(page):
 def test_every_measured_table_has_a_page():
     shown = [name for page in pages() for name, _ in BLOCK.findall(page.read_text("utf-8"))]
     assert sorted(shown) == sorted(TABLES)
-    assert {file for file, _ in TABLES.values()} <= {stage.file for stage in STAGES}
+    assert sources() <= {stage.file for stage in STAGES}
+
+
+def test_every_measured_picture_has_a_page():
+    every = (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+    shown = [
+        name
+        for page in every
+        for name in re.findall(r"data/figures/([\w-]+)\.svg", page.read_text("utf-8"))
+    ]
+    assert set(shown) == set(PICTURES) == {path.stem for path in FIGURES.iterdir()}
 
 
 def test_a_number_that_was_not_measured_is_noticed():
@@ -71,7 +82,7 @@ def test_what_is_measured_is_kept(tmp_path, capsys, monkeypatch):
 
 
 def test_measured_files_say_where_and_when():
-    for name in {file for file, _ in TABLES.values()}:
+    for name in sources():
         text = (DATA / name).read_text("utf-8")
         document = json.loads(text)
         rows = document.get("measurements", [document])

@@ -1,4 +1,4 @@
-"""Tables of measurements inside pages: filled from the files that commands wrote, never by hand.
+"""Measured tables and pictures of pages: made from the files that commands wrote, never by hand.
 
 <!-- measured: stores -->
 everything between the two comments is written by this program
@@ -8,11 +8,17 @@ everything between the two comments is written by this program
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from examples.benchmarks import tables
+from kvfx.bench.reuse_workloads import WORKLOADS
 from kvfx.errors import InputError
+from kvfx.figures.collect import pictures
+from kvfx.figures.inputs import read_inputs
+from kvfx.figures.save import svg_text
 
 ROOT = Path(__file__).parents[2]
 # measured files that pages are written from
@@ -26,7 +32,25 @@ TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "equal-bytes": ("equal-bytes.json", tables.by_share),
     "peers": ("peers/quality.json", tables.evaluated),
     "peers-speed": ("peers/speed.json", tables.decoded),
+    "decode": ("decode.json", tables.decoded),
+    **{
+        f"reuse-{workload}": ("reuse.json", partial(tables.reused, workload))
+        for workload in WORKLOADS
+    },
 }
+# a picture's name -> the file that it shows, and its name among the pictures of that file
+PICTURES: dict[str, tuple[str, str]] = {
+    "perplexity-bytes": ("peers/quality.json", "quality_bytes_1"),
+    "needles-bytes": ("peers/quality.json", "quality_bytes_2"),
+    "needles": ("needles.json", "needles"),
+    "context": ("decode.json", "speed"),
+}
+FIGURES = ROOT / "docs/data/figures"
+
+
+def sources() -> set[str]:
+    """The measured files that pages show."""
+    return {file for file, _ in (*TABLES.values(), *PICTURES.values())}
 
 
 def pages() -> list[Path]:
@@ -57,3 +81,12 @@ def write_pages() -> list[Path]:
     for page in found:
         page.write_text(filled(page.read_text("utf-8")), "utf-8")
     return found
+
+
+def write_pictures() -> None:
+    """Draw all pictures of pages from the measured files."""
+    shutil.rmtree(FIGURES, ignore_errors=True)
+    FIGURES.mkdir(parents=True)
+    for name, (file, drawn) in PICTURES.items():
+        found = {picture.name: picture for picture in pictures(read_inputs([DATA / file]))}
+        (FIGURES / f"{name}.svg").write_text(svg_text(found[drawn].figure), "utf-8")

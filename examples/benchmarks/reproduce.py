@@ -6,19 +6,23 @@ From the root of the repository: python -m examples.benchmarks.reproduce
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from examples.benchmarks.pages import DATA, ROOT, TABLES, write_pages
-from examples.benchmarks.stages import STAGES, Stage
+from examples.benchmarks.pages import DATA, ROOT, sources, write_pages, write_pictures
+from examples.benchmarks.stages import FIRST, SCORED, STAGES, TIMED, Stage
 
-# drawn from these, into these pages' folder
-DRAWN = ("peers/quality.json", "peers/speed.json", "decode.json")
-FIGURES = ROOT / "docs/data/figures"
+# stages that run at the same time, where nothing is timed
+TOGETHER = 2
+
+# what the report shows
+DRAWN = ("peers/quality.json", "needles.json", "peers/speed.json", "decode.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,28 +41,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("error: --docs and --quick: pages show whole measurements")
     folder = asked.out or ROOT / ("build/quick" if asked.quick else "build/measured")
     folder.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES:
-        if stage.file in (asked.only or known):
-            measure(stage, folder, quick=asked.quick)
+    measure_all(asked.only or known, folder, quick=asked.quick)
     draw(folder)
     if asked.docs:
         write_docs(folder)
 
 
-def measure(stage: Stage, folder: Path, *, quick: bool) -> None:
-    """Run one stage; what its file holds already is not measured again."""
-    path = folder / stage.file
+def measure_all(files: Collection[str], folder: Path, *, quick: bool) -> None:
+    """Run the stages of these files; those that time nothing, at the same time."""
+    for stages, together in ((FIRST, 1), (SCORED, TOGETHER), (TIMED, 1)):
+        asked = [stage for stage in stages if stage.file in files]
+        threads = None if stages is TIMED else 1
+        with ThreadPoolExecutor(together) as pool:
+            turns = [
+                pool.submit(measure, stage, folder, quick=quick, threads=threads) for stage in asked
+            ]
+            for turn in turns:
+                turn.result()
+
+
+def measure(stage: Stage, folder: Path, *, quick: bool, threads: int | None = None) -> None:
+    """Run one stage on so many threads, or on all; what its file holds already is not measured
+    again.
+    """
+    path, log = folder / stage.file, folder / "logs" / f"{Path(stage.file).stem}.txt"
     if path.exists() and (stage.printed or path.suffix != ".json"):
         print(f"{stage.file}: measured")
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for each in (path, log):
+        each.parent.mkdir(parents=True, exist_ok=True)
     name, *options = stage.arguments(str(folder), quick=quick)
     program = [sys.executable, "-m", "kvfx"] if name == "kvfx" else [sys.executable]
+    here = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
     start = time.perf_counter()
     print(f"{stage.file}: {name} {' '.join(options)}", flush=True)
-    done = subprocess.run([*program, *options], cwd=ROOT, stdout=subprocess.PIPE, check=False)
+    with log.open("w") as told:
+        done = subprocess.run(
+            [*program, *options],
+            cwd=ROOT,
+            env=here,
+            stdout=subprocess.PIPE,
+            stderr=told,
+            check=False,
+        )
     if done.returncode != 0:
-        sys.exit(f"error: {stage.file} was not measured: the command above ended with an error")
+        sys.exit(f"error: {stage.file} was not measured: {log} says why")
     if stage.printed:
         path.write_bytes(done.stdout)
     print(f"{stage.file}: {time.perf_counter() - start:.0f} s", flush=True)
@@ -77,17 +104,12 @@ def draw(folder: Path) -> None:
 
 
 def write_docs(folder: Path) -> None:
-    """Keep the measured files and pictures in docs, and write the tables of its pages."""
-    for name in {file for file, _ in TABLES.values()}:
+    """Keep the measured files in docs, draw its pictures, and write the tables of its pages."""
+    for name in sources():
         if (folder / name).exists():
             (DATA / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, DATA / name)
-    drawn = list((folder / "figures").glob("quality_bytes*.svg"))
-    if drawn:
-        shutil.rmtree(FIGURES, ignore_errors=True)
-        FIGURES.mkdir(parents=True)
-    for picture in drawn:
-        shutil.copyfile(picture, FIGURES / picture.name)
+    write_pictures()
     for page in write_pages():
         print(f"written: {page.relative_to(ROOT)}")
 

@@ -1,4 +1,4 @@
-"""What the pages' tables are measured by: commands, in order, each of which writes one file."""
+"""What the pages' tables are measured by: commands, each of which writes one file."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ ALLOCATED = (
     "SnapKV()|KIVI(bits=4)",
     "Auto(budget=1,context=1)|SnapKV()",
 )
+# what finds a needle again, and what does not
+HIDDEN = ("KIVI(bits=4,residual=32)", "KIVI(bits=2)", "KeyDiff(budget=0.25)", "SnapKV(budget=0.25)")
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,17 @@ def _evaluate(policies: tuple[str, ...], options: str) -> str:
 
 
 SHORT = "--lengths 320 --windows 1 --scored 32"
-STAGES = (
+# what others read
+FIRST = (
     Stage(
         "calibration.safetensors",
         "kvfx calibrate smollm2 --out {file}",
         "--tokens 64",
     ),
-    Stage(
-        "stores.json",
-        _evaluate(STORES, "--tasks perplexity --lengths 1024 --windows 8"),
-        f"{SHORT} --policies 'KIVI(bits=4)'",
-    ),
+)
+# scores: the same beside other work, each on one thread; the longest first
+SCORED = (
+    Stage("peers/quality.json", f"{PEERS} --only quality", "--quick --peers none"),
     Stage(
         "methods.json",
         _evaluate(METHODS, "--tasks perplexity --lengths 960 --windows 4 --budgets 0.75,0.5,0.25"),
@@ -99,19 +101,32 @@ STAGES = (
         ),
         f"{SHORT} --memory 0.6 --policies 'PrefixKV()|SnapKV()'",
     ),
-    Stage("peers/quality.json", f"{PEERS} --only quality", "--quick --peers none"),
+    Stage(
+        "needles.json",
+        _evaluate(HIDDEN, "--tasks needle-prose --samples 50 --lengths 256,512,1024,2048"),
+        "--lengths 320 --samples 2 --policies 'KIVI(bits=4)'",
+    ),
+    Stage(
+        "stores.json",
+        _evaluate(STORES, "--tasks perplexity --lengths 1024 --windows 8"),
+        f"{SHORT} --policies 'KIVI(bits=4)'",
+    ),
+)
+# times: one after the other, on all threads
+TIMED = (
     Stage("peers/speed.json", f"{PEERS} --only speed", "--quick --peers none"),
     Stage(
         "decode.json",
-        "kvfx bench decode --lengths 512,4096 --policies full,k8v4,kivi-4bit,streaming-25% "
+        "kvfx bench decode --lengths 512,2048,4096 --policies full,k8v4,kivi-4bit,streaming-25% "
         "--new-tokens 24 --rounds 2 --json",
         "--lengths 64 --policies kivi-4bit --new-tokens 4 --rounds 1 --no-compile",
         printed=True,
     ),
     Stage(
         "reuse.json",
-        "kvfx bench reuse --model smollm2 --json",
+        "kvfx bench reuse --model smollm2 --rounds 20 --json",
         "--workloads turns --prompts 1 --turn 48 --scored 4 --no-compile",
         printed=True,
     ),
 )
+STAGES = (*FIRST, *SCORED, *TIMED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from kvfx.bench.machine import bytes_text, versions_text
 from kvfx.bench.reuse_contenders import DENSE
@@ -139,6 +140,12 @@ class ReuseBench:
     def to_dict(self) -> dict[str, object]:
         """Everything as json-able data."""
         return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> ReuseBench:
+        """What `to_dict` gave."""
+        given = {name: value for name, value in document.items() if name != "rows"}
+        return cls(**{**given, "samples": tuple(Sample(**each) for each in given["samples"])})
 
     def headline(self) -> str:
         """Where and how this was measured, in two lines."""

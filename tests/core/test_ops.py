@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
+import kvfx
 from kvfx.errors import PolicyError
 from kvfx.geometry import Causal, Site
+from kvfx.kernels.dense import reference as dense
 from kvfx.op_table import BACKENDS, OPS
-from kvfx.ops import backend_of, name_of, overload, score_op
+from kvfx.ops import backend_for, backend_of, constraint, define_op, name_of, overload, score_op
 from kvfx.policies import KIVI, CacheLatent, Full, WindowRing
 from kvfx.policies.flat_dense import FlatDense
+from kvfx.testing.tiny import left_padded, tiny_llama
 
 BATCH, KV_HEADS, HEADS, WIDTH, ROWS, CAPACITY = 2, 2, 6, 32, 5, 96
 SLOTS = KV_HEADS * CAPACITY
@@ -531,3 +536,142 @@ def test_a_score_cannot_take_the_name_of_an_op():
 
     with pytest.raises(PolicyError, match="kvfx has an op 'rotate' already"):
         score_op(rotate)
+
+
+ONE = "(Tensor x) -> Tensor"
+
+
+def same(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def doubled(x: Tensor) -> Tensor:
+    return x + x
+
+
+def test_a_user_defines_an_op():
+    define_op("user_doubled", ONE, doubled, same)
+    op = overload("user_doubled", "reference")
+    assert torch.equal(op(torch.ones(3)), torch.full((3,), 2.0))
+    torch.library.opcheck(op, (rows(),), test_utils=["test_schema", "test_faketensor"])
+    with torch._subclasses.FakeTensorMode():
+        assert overload("user_doubled")(torch.ones(3)).shape == (3,)
+    assert OPS["user_doubled"].definition == f"{__name__}:doubled"
+    assert backend_for("user_doubled", "triton") == "reference"
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_compilers_see_through_what_is_traced(traced):
+    define_op(f"user_traced_{traced}", ONE, doubled, same, traced=traced)
+    op = overload(f"user_traced_{traced}", "reference")
+    called = [node.target for node in make_fx(op)(torch.ones(3)).graph.nodes]
+    assert (op in called) is not traced
+    assert (torch.ops.aten.add.Tensor in called) is traced
+
+
+def test_defining_an_op_again_replaces_its_functions():
+    for size in (3, 4):
+        define_op(
+            "user_sized",
+            ONE,
+            lambda x, size=size: x.new_ones(size),
+            lambda x, size=size: x.new_empty(size),
+        )
+        assert torch.equal(overload("user_sized", "reference")(rows()), torch.ones(size))
+        with torch._subclasses.FakeTensorMode():
+            assert overload("user_sized")(torch.ones(2)).shape == (size,)
+
+
+@pytest.mark.parametrize(
+    ("schema", "traced", "triton", "said"),
+    [
+        ("(Tensor y) -> Tensor", False, "", r"schema '\(Tensor x\) -> Tensor', and is now with"),
+        (ONE, True, "", "traced False, and is now with True"),
+        (ONE, False, "a:b", r"backends \('reference',\), and is now with"),
+    ],
+    ids=["schema", "traced", "backends"],
+)
+def test_torch_keeps_what_an_op_was_defined_as(schema, traced, triton, said):
+    define_op("user_kept", ONE, doubled, same)
+    before = OPS["user_kept"]
+    with pytest.raises(PolicyError, match=f"kvfx.user_kept was defined with {said}.*another name"):
+        define_op("user_kept", schema, doubled, same, traced=traced, triton=triton)
+    assert OPS["user_kept"] is before
+
+
+def test_an_op_of_kvfx_is_not_replaced():
+    with pytest.raises(PolicyError, match="kvfx has an op 'attend_dense' already"):
+        define_op("attend_dense", OPS["attend_dense"].schema, dense.attend, same)
+
+
+def test_a_schema_that_torch_cannot_read():
+    with pytest.raises(PolicyError, match=r"is not a schema of torch:\s+unknown type specifier"):
+        define_op("user_misread", "(Tensorr x) -> Tensor", doubled, same)
+    assert "user_misread" not in OPS
+    define_op("user_misread", ONE, doubled, same)
+    assert overload("user_misread", "reference")(torch.ones(1)) == 2
+
+
+def test_an_op_that_nobody_defined():
+    with pytest.raises(PolicyError, match=r"there is no op kvfx\.attend_nowhere: define it"):
+        overload("attend_nowhere")
+
+
+LAUNCHERS = """
+def constraint(function, x):
+    return None if x.dim() == 1 else f"{function} takes one axis, not {x.dim()}"
+
+def doubled(x):
+    return 2 * x + 0.5
+"""
+
+
+def test_launchers_of_a_user(tmp_path, monkeypatch):
+    (tmp_path / "user_launchers.py").write_text(LAUNCHERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    define_op("user_launched", ONE, doubled, same, triton="user_launchers:doubled")
+    assert backend_for("user_launched", "triton") == "triton"
+    assert constraint("user_launched", "triton", (torch.ones(3),), {}) is None
+    assert constraint("user_launched", "triton", (rows(),), {}) == "doubled takes one axis, not 4"
+    assert overload("user_launched", "triton")(torch.ones(1)) == 2.5
+    assert overload("user_launched", "reference")(torch.ones(1)) == 2
+
+
+@dataclass(frozen=True)
+class Outside(Full):
+    """Dense entries in a room that kvfx does not have."""
+
+    room: ClassVar[str] = "outside"
+
+
+@pytest.mark.parametrize(
+    ("dense_policy", "policy"),
+    [
+        (Full(), Outside()),
+        (kvfx.SnapKV(budget=30, window=16, interval=7), None),
+        (kvfx.KVMerger(budget=30, value_scale="votes", interval=7), None),
+    ],
+    ids=["alone", "evicting", "merging"],
+)
+def test_a_room_from_outside(dense_policy, policy):
+    """Ops that a user defines, named by a store of theirs: the same logits, bit for bit."""
+    for verb in ("store", "append", "attend", "attend_scored", "extend", "load", "compact"):
+        op = OPS[f"{verb}_dense"]
+        # moving entries has a room of its own
+        definition = getattr(dense, verb, None) or torch.ops.kvfx.compact_dense.reference
+        define_op(f"{verb}_outside", op.schema, definition, op.shape, traced=op.traced)
+    model = tiny_llama(layers=1)
+    found, expected = (
+        answers(kvfx.compress(model, choice, compile=False, verify=False))
+        for choice in (policy or dense_policy | Outside(), dense_policy)
+    )
+    assert torch.equal(found, expected)
+
+
+def answers(fast) -> Tensor:
+    """Logits of a padded prompt, of decoded rows, and of a second turn."""
+    prompt = left_padded([50, 33])
+    cache = fast(**prompt).past_key_values
+    ids = torch.arange(24).reshape(2, 12)
+    steps = [fast(ids[:, [at]], past_key_values=cache).logits for at in range(9)]
+    return torch.cat([*steps, fast(ids, past_key_values=cache).logits], 1)
