@@ -365,7 +365,6 @@ OPS: dict[str, Op] = {
             "(Tensor cache, Tensor length) -> Tensor",
             "kvfx.kernels.common.rows:live_entries",
             _live_entries,
-            traced=True,
         ),
         Op(
             "entry_shift",
@@ -631,6 +630,12 @@ OPS: dict[str, Op] = {
             traced=True,
         ),
         Op(
+            "snapshot",
+            "(Tensor x) -> Tensor",
+            "kvfx.kernels.entries.reference:snapshot",
+            _like_first,
+        ),
+        Op(
             "share_heads",
             "(Tensor score) -> Tensor",
             "kvfx.kernels.entries.reference:share_heads",
@@ -696,7 +701,6 @@ OPS: dict[str, Op] = {
             "(Tensor k_flat, Tensor start, Tensor length) -> Tensor",
             "kvfx.kernels.flat.reference:live_entries",
             _live_flat,
-            traced=True,
         ),
         Op(
             "compact_flat",

@@ -18,6 +18,8 @@ from kvfx.provenance import module_path, origin
 
 LAYER = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
 PRELUDE, EPILOGUE = "prelude", "epilogue"
+# where they stand, whatever they are computed from
+ENDS = {"placeholder": 0, "get_attr": 0, "output": 5}
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,9 @@ def _order(graph: Graph, groups: dict[fx.Node, str]) -> list[fx.Node]:
     """The nodes with inputs, weights and the prelude first and the epilogue last."""
 
     def rank(node: fx.Node) -> int:
-        if node.op in ("placeholder", "get_attr"):
-            return 0
-        if node not in groups and ancestors([node]).isdisjoint(groups):
+        if node not in groups and node.op not in ENDS and ancestors([node]).isdisjoint(groups):
             return 1
-        return {PRELUDE: 2, EPILOGUE: 4}.get(groups.get(node, ""), 5 if node.op == "output" else 3)
+        return ENDS.get(node.op, {PRELUDE: 2, EPILOGUE: 4}.get(groups.get(node, ""), 3))
 
     return sorted(graph.nodes, key=rank)
 
@@ -171,7 +171,10 @@ def _region(
     for node in nodes:
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[node] for node in outputs))
-    return fx.GraphModule(root, graph)
+    region = fx.GraphModule(root, graph)
+    # it may be there for what it writes
+    region.__dict__["_is_impure"] = True
+    return region
 
 
 def _structure(nodes: list[fx.Node], inputs: list[fx.Node]) -> tuple[object, ...]:

@@ -21,6 +21,7 @@ from kvfx.passes.match_positions import MatchPositions
 from kvfx.passes.match_rope import MatchRope
 from kvfx.passes.outline_layers import OutlineLayers
 from kvfx.passes.select_backend import SelectBackend
+from kvfx.passes.snapshot_reads import SnapshotReads
 from kvfx.passes.specialize_rows import SpecializeRows
 from kvfx.passes.stream_weights import StreamWeights
 from kvfx.planner import Plan
@@ -99,10 +100,13 @@ def reuse_passes(check: Check | None, watch: int | None, target: Target) -> tupl
 
 
 def outline_passes() -> tuple[Pass, ...]:
-    """LOWERED to LOWERED: equal layers share one region, which is compiled once and called once per
-    layer.
-    """
-    return (OutlineLayers(),)
+    """LOWERED to LOWERED: what is compiled."""
+    return (
+        # Inductor may postpone a read behind a write that it does not see through
+        SnapshotReads(),
+        # equal layers share one region, which is compiled once and called once per layer
+        OutlineLayers(),
+    )
 
 
 def check_own(own: Sequence[Pass]) -> None:

@@ -51,6 +51,11 @@ def compact(keep: Tensor, entries: Tensor) -> None:
     entries.copy_(entries.gather(2, order).masked_fill(~live_entries(entries, count), 0))
 
 
+def snapshot(x: Tensor) -> Tensor:
+    """What x holds now: a copy."""
+    return x.clone()
+
+
 def share_heads(score: Tensor) -> Tensor:
     """The mean score over KV heads, for methods that keep the same tokens in all of them: [B, K,
     S].

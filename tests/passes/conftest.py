@@ -14,7 +14,10 @@ from kvfx.graph import Graph, Level
 from kvfx.ops import name_of, overload
 from kvfx.pass_manager import Pass, Statistics, Trail, run_passes
 from kvfx.passes.canonicalize import Canonicalize
-from kvfx.passes.pipeline import raise_passes
+from kvfx.passes.pipeline import Target, program_passes, raise_passes
+from kvfx.planner import Plan, make_plan
+from kvfx.policies import Full
+from kvfx.policy import Policy
 from kvfx.testing.tiny import VOCAB, tiny
 
 Capture = Callable[..., Graph]
@@ -145,6 +148,29 @@ def raised(captured: Capture) -> Capture:
 
     def get(architecture: str, changes: Mapping[str, object] | None = None) -> Graph:
         return run_passes(captured(architecture, changes), raise_passes(), None)
+
+    return get
+
+
+@pytest.fixture
+def lowered(raised: Capture) -> Callable[..., tuple[Plan, dict[str, Graph]]]:
+    """`lowered(architecture, changes, policy, programs)`: a plan, and the LOWERED graphs of its
+    programs.
+    """
+
+    def get(
+        architecture: str,
+        changes: Mapping[str, object] | None = None,
+        policy: Policy | None = None,
+        programs: Sequence[str] = ("decode",),
+    ) -> tuple[Plan, dict[str, Graph]]:
+        graph = raised(architecture, changes)
+        plan = make_plan(policy or Full(), graph.sites)
+        target = Target("reference", inductor_cpu=True)
+        return plan, {
+            name: run_passes(graph.copy(), program_passes(name, plan, target), None)
+            for name in programs
+        }
 
     return get
 

@@ -10,24 +10,8 @@ from kvfx.graph import Level
 from kvfx.pass_manager import run_passes
 from kvfx.passes.canonicalize import Canonicalize
 from kvfx.passes.outline_layers import OutlineLayers
-from kvfx.passes.pipeline import Target, program_passes
-from kvfx.planner import make_plan
 from kvfx.policies import Full, PerLayer, StreamingLLM
 from kvfx.runtime import Executor, State
-
-
-@pytest.fixture
-def lowered(raised):
-    def lower(architecture, changes=None, policy=None, programs=("decode",)):
-        graph = raised(architecture, changes)
-        plan = make_plan(policy or Full(), graph.sites)
-        target = Target("reference", inductor_cpu=True)
-        return plan, {
-            name: run_passes(graph.copy(), program_passes(name, plan, target), None)
-            for name in programs
-        }
-
-    return lower
 
 
 def regions(graph) -> list[str]:
@@ -85,6 +69,13 @@ def test_outlined_programs_compute_the_same(lowered, inputs, architecture):
     assert torch.equal(flat, regional)
     for a, b in zip(flat_buffers, regional_buffers, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_program_that_returns_nothing_keeps_its_regions(lowered, apply):
+    policy = StreamingLLM(budget=8, interval=2)
+    _, graphs = lowered("llama", {"num_hidden_layers": 3}, policy, ("compact",))
+    apply(graphs["compact"], [OutlineLayers()])
+    assert regions(graphs["compact"]) == ["layer_0"] * 3
 
 
 class Twice(nn.Module):
