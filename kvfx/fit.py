@@ -16,6 +16,7 @@ from kvfx.memory import (
     is_exact,
     largest_batch,
     largest_context,
+    memory_bytes,
     site_bytes,
 )
 from kvfx.pass_manager import Trail
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from kvfx.calibration import Calibration
 
 COLUMNS = ("site", "policy", "bytes")
+# a plan that went over is made again so often, with a hundredth less or more
+ATTEMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -212,13 +215,20 @@ def fitted(
         found = made(policy)
         length = largest_context(found, size, rows, new)
         return MemoryPlan(found, policy, "context", size, rows, length, new)
-    own = policy.within(size, rows, context)
-    if own is not None or plan_for(1.0).sites == plan_for(0.5).sites:
+    asked, allowed = policy.within(size, rows, context), size
+    if asked is not None or plan_for(1.0).sites == plan_for(0.5).sites:
         # no budget to look for: it fits as it is, or not
-        asked = policy if own is None else own
-        found = made(asked)
+        found = made(asked or policy)
+        for _ in range(ATTEMPTS):
+            # what fills bytes by itself does not know what others keep beside the entries
+            over = memory_bytes(found, rows, context, new) - size
+            if asked is None or over <= 0:
+                break
+            allowed -= max(over, size // 100)
+            asked = policy.within(allowed, rows, context)
+            found = made(asked or policy)
         check_fit(found, size, rows, context, new)
-        return MemoryPlan(found, asked, "budget", size, rows, context, new)
+        return MemoryPlan(found, asked or policy, "budget", size, rows, context, new)
     budget = fitting_budget(plan_for, size, rows, context, new)
     asked = policy.with_budget(budget)
     return MemoryPlan(made(asked), asked, "budget", size, rows, context, new, budget)

@@ -73,3 +73,11 @@ def test_what_cannot_fit_is_refused(small, calibration):
 def test_it_reads_a_calibration():
     with pytest.raises(kvfx.errors.CalibrationError, match="decided by measurements"):
         compressed(tiny_llama(head_dim=32), None, Auto("1MB", context=400))
+
+
+@pytest.mark.parametrize("size", [200_000, 260_000, 280_000])
+def test_what_a_composition_adds_is_left_room_for(small, calibration, size):
+    """`Auto` does not know what the other method rounds."""
+    policy = Auto("1MB", context=640, residual=0) | SnapKV(window=16)
+    found = kvfx.plan(small, policy, memory=size, context=640, batch=1, calibration=calibration)
+    assert 0.8 * size < found.bytes <= size
