@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from examples.benchmarks import tables
-from kvfx.bench.reuse_workloads import WORKLOADS
+from kvfx.bench.reuse_workloads import RAG, TURNS
 from kvfx.errors import InputError
 from kvfx.figures.collect import pictures
 from kvfx.figures.inputs import read_inputs
@@ -33,10 +33,8 @@ TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "peers": ("peers/quality.json", tables.evaluated),
     "peers-speed": ("peers/speed.json", tables.decoded),
     "decode": ("decode.json", tables.decoded),
-    **{
-        f"reuse-{workload}": ("reuse.json", partial(tables.reused, workload))
-        for workload in WORKLOADS
-    },
+    "reuse-rag": ("reuse.json", partial(tables.reused, RAG)),
+    "reuse-turns": ("reuse.json", partial(tables.reused, TURNS)),
 }
 # a picture's name -> the file that it shows, and its name among the pictures of that file
 PICTURES: dict[str, tuple[str, str]] = {

@@ -48,14 +48,13 @@ class Profile:
         return read, asked
 
 
-NEEDLES = ("needle-prose", "needle-noise")
 FULL = Profile(
     windows=8,
     length=1024,
     scored=128,
     samples=100,
     hidden_in=600,
-    tasks=NEEDLES,
+    tasks=("needle-prose",),
     timed_at=4096,
     new_tokens=32,
     rounds=3,
@@ -77,7 +76,7 @@ QUICK = Profile(
     scored=64,
     samples=5,
     hidden_in=300,
-    tasks=NEEDLES[1:],
+    tasks=("needle-noise",),
     timed_at=512,
     new_tokens=8,
     rounds=2,

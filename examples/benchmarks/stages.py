@@ -124,7 +124,7 @@ TIMED = (
     ),
     Stage(
         "reuse.json",
-        "kvfx bench reuse --model smollm2 --rounds 20 --json",
+        "kvfx bench reuse --model smollm2 --workloads rag,turns --json",
         "--workloads turns --prompts 1 --turn 48 --scored 4 --no-compile",
         printed=True,
     ),

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from kvfx.bench.decode import Row
 from kvfx.bench.reuse_table import ReuseBench
-from kvfx.bench.reuse_table import Row as ReuseRow
 from kvfx.eval.fidelity import Fidelity
 from kvfx.eval.results import Measurement, open_results
 from kvfx.eval.table import DENSE, dense_of, headline, markdown_table, sections
@@ -17,8 +16,15 @@ from kvfx.figures.labels import method_of
 
 BUDGETS = (0.75, 0.5, 0.25)
 # columns of what reuse gains and costs
-FIRST = ("first token", "faster than dense")
-COST = ("KL, nats (worst prompt)", "next tokens agree")
+REUSED = (
+    "policy",
+    "first token",
+    "faster than dense",
+    "found",
+    "computed again",
+    "KL, nats (worst prompt)",
+    "next tokens agree",
+)
 
 
 def evaluated(path: Path) -> str:
@@ -105,39 +111,21 @@ def decoded(path: Path) -> str:
 def reused(workload: str, path: Path) -> str:
     """Time to the first token and what it costs, under each way of reuse."""
     bench = ReuseBench.from_dict(json.loads(path.read_text("utf-8")))
-    rows = [row for row in bench.rows if row.workload == workload]
-    agents = list(dict.fromkeys(row.agent for row in rows))
-    whole = [row for row in rows if row.agent == agents[0]]
-    if len(agents) == 1:
-        header = ("policy", *FIRST, "found", "computed again", *COST)
-        cells = [
-            (
-                each.contender,
-                *_first(each),
-                f"{each.found:.0%}",
-                f"{each.repaired:,.0f}",
-                *_cost(each),
-            )
-            for each in whole
-        ]
-    else:
-        last = [row for row in rows if row.agent == agents[-1]]
-        header = ("policy", "calls reused", *FIRST, f"of {agents[-1]}: calls reused", *FIRST, *COST)
-        cells = [
-            (each.contender, f"{each.calls:.0%}", *_first(each), f"{end.calls:.0%}", *_first(end),
-             *_cost(each))
-            for each, end in zip(whole, last, strict=True)
-        ]  # fmt: skip
-    table = markdown_table(header, cells)
+    cells = [
+        (
+            row.contender,
+            f"{row.first_ms.median:,.0f} ms",
+            f"{row.ratio.median:.3g}x",
+            f"{row.found:.0%}",
+            f"{row.repaired:,.0f}",
+            f"{row.kl:.2g} ({row.most_kl:.2g})",
+            f"{row.agreement:.0%}",
+        )
+        for row in bench.rows
+        if row.workload == workload
+    ]
+    table = markdown_table(REUSED, cells)
     return f"{bench.headline()}; {bench.titles[workload]}\n\n{table}"
-
-
-def _first(row: ReuseRow) -> tuple[str, str]:
-    return f"{row.first_ms.median:,.0f} ms", f"{row.ratio.median:.3g}x"
-
-
-def _cost(row: ReuseRow) -> tuple[str, str]:
-    return f"{row.kl:.2g} ({row.most_kl:.2g})", f"{row.agreement:.0%}"
 
 
 def _timed(row: Row) -> tuple[str, ...]:
