@@ -7,13 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from examples.benchmarks import reproduce
 from examples.benchmarks.pages import BLOCK, DATA, FIGURES, PICTURES, TABLES, filled, pages, sources
-from examples.benchmarks.stages import STAGES
+from examples.benchmarks.stages import FIRST, SCORED, STAGES, TIMED
 from kvfx.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -67,10 +68,31 @@ def test_only_names_a_stage(capsys):
 
 
 def test_a_stage_that_fails_ends_the_run(tmp_path, monkeypatch):
-    stage = STAGES[1]
+    (stage,) = (stage for stage in STAGES if stage.file == "stores.json")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(SystemExit, match=r"stores\.json was not measured"):
         reproduce.measure(stage, tmp_path, quick=True)
+
+
+def test_what_is_timed_runs_alone(tmp_path, monkeypatch):
+    """Scores two at a time, each on one thread; before them what they read, behind them times."""
+    running, seen = [], []
+
+    def measure(stage, folder, *, quick, threads):
+        running.append(stage)
+        time.sleep(0.02)
+        seen.append((stage, tuple(running), threads))
+        running.remove(stage)
+
+    monkeypatch.setattr(reproduce, "measure", measure)
+    reproduce.measure_all([stage.file for stage in STAGES], tmp_path, quick=True)
+    order = [stage for stage, _, _ in seen]
+    assert order[: len(FIRST)] == list(FIRST)
+    assert order[-len(TIMED) :] == list(TIMED)
+    assert max(len(beside) for _, beside, _ in seen) == reproduce.TOGETHER
+    for stage, beside, threads in seen:
+        assert threads == (None if stage in TIMED else 1)
+        assert stage in SCORED or beside == (stage,)
 
 
 def test_what_is_measured_is_kept(tmp_path, capsys, monkeypatch):
