@@ -128,6 +128,7 @@ SAMPLES = {
     ),
     "compact_entries": (lambda: (keep(CAPACITY), scores(CAPACITY)), {}),
     "share_heads": (lambda: (scores(),), {}),
+    "snapshot": (lambda: (scores(),), {}),
     "smooth": (lambda: (scores(),), {"kernel": 3, "mode": "max"}),
     "compact_dense": (
         lambda: (keep(CAPACITY), torch.rand(8), *filled("dense")),
