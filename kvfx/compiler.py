@@ -24,14 +24,8 @@ from kvfx.geometry import Site
 from kvfx.graph import Graph
 from kvfx.op_table import BACKENDS
 from kvfx.pass_manager import Pass, Trail, run_passes
-from kvfx.passes.pipeline import (
-    PROGRAMS,
-    Target,
-    check_own,
-    outline_passes,
-    program_passes,
-    raise_passes,
-)
+from kvfx.passes.own_passes import check_own
+from kvfx.passes.pipeline import PROGRAMS, Target, outline_passes, program_passes, raise_passes
 from kvfx.planner import Plan, make_plan
 from kvfx.policies import policy_named
 from kvfx.policy import Policy, check_at_least

@@ -23,8 +23,8 @@ class KVShare(Reuse):
 
     Not said by the source, and chosen here: the layer (1, where values first depend on the
     context), products per KV head, attention from fresh keys, the ratio is of the reused tokens,
-    keys and values up to the layer stay fresh, repairs ascend within a step. Its published numbers
-    are not those of this implementation.
+    keys and values up to the layer stay fresh, repairs ascend within a step and go on with the rows
+    behind approximate ones. Its published numbers are not those of this implementation.
     """
 
     ratio: float = 0.2
