@@ -88,11 +88,11 @@ def compress(
     budget in bytes, the policy gets the largest budget whose cache for `batch` rows of `context`
     tokens fits into that many bytes; without a policy, `kvfx.recommend` chooses one.
     `calibration` is what allocators and mixed precision read (`kvfx.calibrate`).
-    `max_length` bounds the tokens of a conversation. With `prefill_chunk`, prompts are read and
-    compressed that many tokens at a time, so that a long one never holds its dense cache: tokens
-    are then ranked by what came before the end of their chunk. `strict=False` keeps sites dense
-    that the policy cannot serve. `passes` are your own, of canonical or raised graphs: they run
-    once, each where its level is (`docs/new_pass.md`).
+    `max_length` bounds the tokens of a conversation: no more is allocated than those need. With
+    `prefill_chunk`, prompts are read and compressed that many tokens at a time, so that a long one
+    never holds its dense cache: tokens are then ranked by what came before the end of their chunk.
+    `strict=False` keeps sites dense that the policy cannot serve. `passes` are your own, of
+    canonical or raised graphs: they run once, each where its level is (`docs/new_pass.md`).
 
     Raises InputError (a pass of `passes` cannot run), CalibrationError (the policy needs a
     calibration, or this one is of another model), CaptureError (not a decoder with attention),

@@ -196,8 +196,11 @@ def fitted(
     new: int = 0,
     strict: bool = True,
     calibration: Calibration | None = None,
+    max_length: int | None = None,
 ) -> MemoryPlan:
-    """What `plan` finds, for the sites of a model."""
+    """What `plan` finds, for the sites of a model; `max_length` is that of `compress`, where a
+    budget is looked for.
+    """
 
     def made(policy: Policy) -> Plan:
         return make_plan(policy, sites, strict=strict, calibration=calibration)
@@ -221,15 +224,15 @@ def fitted(
         found = made(asked or policy)
         for _ in range(ATTEMPTS):
             # what fills bytes by itself does not know what others keep beside the entries
-            over = memory_bytes(found, rows, context, new) - size
+            over = memory_bytes(found, rows, context, new, max_length) - size
             if asked is None or over <= 0:
                 break
             allowed -= max(over, size // 100)
             asked = policy.within(allowed, rows, context)
             found = made(asked or policy)
-        check_fit(found, size, rows, context, new)
+        check_fit(found, size, rows, context, new, max_length)
         return MemoryPlan(found, asked or policy, "budget", size, rows, context, new)
-    budget = fitting_budget(plan_for, size, rows, context, new)
+    budget = fitting_budget(plan_for, size, rows, context, new, max_length)
     asked = policy.with_budget(budget)
     return MemoryPlan(made(asked), asked, "budget", size, rows, context, new, budget)
 

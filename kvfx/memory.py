@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import sympy
 
-from kvfx.cache import CAPACITY, Count, evaluated
+from kvfx.cache import CAPACITY, Count, at_most, evaluated
 from kvfx.errors import CapacityExceeded, PolicyError
 from kvfx.planner import Plan, Schedule, SitePlan
 from kvfx.policy import check_at_least
@@ -23,37 +23,42 @@ NEW = sympy.Symbol("new", nonnegative=True, integer=True)
 MOST = 2**53
 
 
-def memory_bytes(plan: Plan, batch: int, length: int, new: int = 0) -> int:
+def memory_bytes(
+    plan: Plan, batch: int, length: int, new: int = 0, max_length: int | None = None
+) -> int:
     """Bytes of all buffers after a prompt of `length` tokens per row and `new` decoded ones: what
-    is allocated then, and the most that was since the prompt was read.
+    is allocated then, and the most that was since the prompt was read. `max_length` is that of
+    `compress`.
 
     An upper bound where the plan is not exact (see `is_exact`), which a prompt reaches before it is
     compressed. A prompt that follows on another, or a chunk of one, needs room for its own rows
     besides, until it is compressed.
     """
     return sum(
-        count * _bytes(formula, schedule, batch, length, new)
+        count * evaluated(formula, batch, capacity(schedule, length, new, max_length))
         for (formula, schedule), count in _kinds(plan).items()
     )
 
 
-def memory_formula(plan: Plan) -> sympy.Expr:
+def memory_formula(plan: Plan, max_length: int | None = None) -> sympy.Expr:
     """The same as an expression in `batch` (`kvfx.cache.BATCH`), `length` and `new` (`LENGTH`,
     `NEW`): with integers for them it is that number.
     """
     return sympy.Add(
         *(
-            count * formula.subs(CAPACITY, capacity(schedule, LENGTH, NEW))
+            count * formula.subs(CAPACITY, capacity(schedule, LENGTH, NEW, max_length))
             for (formula, schedule), count in _kinds(plan).items()
         )
     )
 
 
-def site_bytes(plan: SitePlan, batch: int, length: int, new: int = 0) -> int:
+def site_bytes(
+    plan: SitePlan, batch: int, length: int, new: int = 0, max_length: int | None = None
+) -> int:
     """Bytes of one site's buffers after a prompt of `length` tokens per row and `new` decoded
     ones.
     """
-    return _bytes(site_formula(plan), plan.schedule, batch, length, new)
+    return evaluated(site_formula(plan), batch, capacity(plan.schedule, length, new, max_length))
 
 
 def site_formula(plan: SitePlan) -> sympy.Expr:
@@ -68,7 +73,7 @@ def is_exact(plan: Plan) -> bool:
     return not any(site.schedule.measured for site in plan.sites)
 
 
-def capacity(schedule: Schedule, length: Count, new: Count) -> Count:
+def capacity(schedule: Schedule, length: Count, new: Count, max_length: int | None = None) -> Count:
     """Entries that are allocated after a prompt of `length` tokens and `new` decoded ones.
 
     A site that evicts has room for its limit from the prompt on. One that is measured has room for
@@ -77,7 +82,8 @@ def capacity(schedule: Schedule, length: Count, new: Count) -> Count:
     seen = length + new
     tokens = seen if schedule.measured else length
     limit = schedule.limit(tokens)
-    return schedule.capacity(seen if limit is None else limit, tokens)
+    found = schedule.capacity(seen if limit is None else limit, tokens)
+    return found if max_length is None else at_most(found, schedule.most(max_length))
 
 
 def largest_context(plan: Plan, memory: int | str, batch: int = 1, new: int = 0) -> int | None:
@@ -101,7 +107,12 @@ def largest_batch(plan: Plan, memory: int | str, context: int, new: int = 0) -> 
 
 
 def fitting_budget(
-    plan_for: Callable[[float], Plan], memory: int | str, batch: int, context: int, new: int = 0
+    plan_for: Callable[[float], Plan],
+    memory: int | str,
+    batch: int,
+    context: int,
+    new: int = 0,
+    max_length: int | None = None,
 ) -> float:
     """The largest fraction for which the plan that `plan_for` makes fits; one larger by 2 ** -53
     does not.
@@ -115,13 +126,13 @@ def fitting_budget(
 
     def fits(step: int) -> bool:
         try:
-            return memory_bytes(plan_for(step / MOST), batch, context, new) <= size
+            return memory_bytes(plan_for(step / MOST), batch, context, new, max_length) <= size
         except PolicyError:
             return True
 
     step = _largest(fits)
     if step == 0:
-        check_fit(plan_for(1 / MOST), size, batch, context, new)
+        check_fit(plan_for(1 / MOST), size, batch, context, new, max_length)
     try:
         plan_for(step / MOST)
     except PolicyError as error:
@@ -131,10 +142,12 @@ def fitting_budget(
     return step / MOST
 
 
-def check_fit(plan: Plan, memory: int, batch: int, context: int, new: int) -> None:
+def check_fit(
+    plan: Plan, memory: int, batch: int, context: int, new: int, max_length: int | None = None
+) -> None:
     """Raise a CapacityExceeded that names what is needed, if that is more than `memory`."""
     _check_counts(batch, context, new)
-    needed = memory_bytes(plan, batch, context, new)
+    needed = memory_bytes(plan, batch, context, new, max_length)
     if needed <= memory:
         return
     rows = f"{batch:,} row{'s' * (batch > 1)} of {context:,} token{'s' * (context > 1)}"
@@ -164,10 +177,6 @@ def _largest(fits: Callable[[int], bool]) -> int:
 def _check_counts(batch: int, context: int, new: int) -> None:
     for name, count, least in (("batch", batch, 1), ("context", context, 1), ("new", new, 0)):
         check_at_least("memory", name, count, least)
-
-
-def _bytes(formula: sympy.Expr, schedule: Schedule, batch: int, length: int, new: int) -> int:
-    return evaluated(formula, batch, capacity(schedule, length, new))
 
 
 def _kinds(plan: Plan) -> Counter[tuple[sympy.Expr, Schedule]]:

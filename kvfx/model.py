@@ -227,15 +227,18 @@ class CompressedModel(GenerationMixin, nn.Module):
         """Bytes of the cache after a prompt of `length` tokens in each of `batch` rows and `new`
         decoded ones, exactly as allocated (an upper bound where only the data tell what stays).
         """
-        return memory_bytes(self.plan, batch, length, new)
+        return memory_bytes(self.plan, batch, length, new, self.max_length)
 
     def memory_formula(self) -> sympy.Expr:
         """The same as a sympy expression in `batch`, `length` and `new`."""
-        return memory_formula(self.plan)
+        return memory_formula(self.plan, self.max_length)
 
-    def new_cache(self) -> CompressedCache:
-        """An empty cache, for a conversation that is driven by hand."""
-        return CompressedCache(self.plan, self.max_length)
+    def new_cache(self, max_length: int | None = None) -> CompressedCache:
+        """An empty cache, for a conversation that is driven by hand or handed to `generate`; for
+        one of at most `max_length` tokens no more is allocated than those need.
+        """
+        bounds = [bound for bound in (max_length, self.max_length) if bound is not None]
+        return CompressedCache(self.plan, min(bounds, default=None))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedModel:
         """Refuse to move or cast: programs are compiled for the device and dtype of the model."""

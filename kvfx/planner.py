@@ -115,6 +115,12 @@ class Schedule:
             return self.store.capacity(entries, bounded=False)
         return self.store.capacity(at_least(entries, limit), bounded=True)
 
+    def most(self, max_length: int) -> int:
+        """Entries to allocate for a row of at most `max_length` tokens, however many it may hold
+        beyond those that it needs now.
+        """
+        return self.store.capacity(max_length, bounded=True)
+
 
 @dataclass(frozen=True)
 class SitePlan:

@@ -71,8 +71,8 @@ class State:
         seen = [position + count for position, count in zip(self.positions, tokens, strict=True)]
         if self.max_length is not None and max(seen) > self.max_length:
             raise CapacityExceeded(
-                f"{max(seen)} tokens do not fit into max_length={self.max_length}: compress with "
-                "a larger max_length"
+                f"{max(seen)} tokens do not fit into max_length={self.max_length}: give a "
+                "larger one"
             )
         if self.plan.masked and min(tokens) < columns:
             raise InputError(
@@ -178,6 +178,8 @@ class State:
             budget = self.measured.get(plan.schedule, tokens)
             pairs = zip(entries[plan.schedule], budget, strict=True)
             needed = max(plan.schedule.capacity(*pair) for pair in pairs)
+            if self.max_length is not None:
+                needed = min(needed, plan.schedule.most(self.max_length))
             if needed > self.capacities[index] or (
                 shrink and plan.select is not None and needed < self.capacities[index]
             ):

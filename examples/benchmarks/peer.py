@@ -38,7 +38,9 @@ def compare(logits: Tensor, dense: Tensor, targets: Tensor) -> Tensor:
 
 
 def score_window(model: Any, ways: list[Way], task: dict, row: list[int]) -> dict[str, Any]:
-    """Per way: the means of `compare` over the scored tokens of a window, and its cache."""
+    """Per way: the means of `compare` over the scored tokens of a window, and the most bytes of its
+    cache after any read.
+    """
     ids, scored, chunk = torch.tensor(row), task["scored"], task["chunk"]
     # the row that predicts the first scored token is read through the cache as well
     start = len(ids) - scored - 1
@@ -48,21 +50,19 @@ def score_window(model: Any, ways: list[Way], task: dict, row: list[int]) -> dic
     caches, _ = fill_all(model, ways, context)
     found = {}
     for name, cache in caches.items():
-        parts = [
-            compare(
-                read(model, cache, rows[at : at + chunk], start + at),
-                dense[at : at + chunk],
-                targets[at : at + chunk],
-            )
-            for at in range(0, scored, chunk)
-        ]
-        found[name] = torch.cat(parts, 1).mean(1).tolist(), cache
+        parts, most = [], cache_bytes(cache)
+        for at in range(0, scored, chunk):
+            part = slice(at, at + chunk)
+            logits = read(model, cache, rows[part], start + at)
+            parts.append(compare(logits, dense[part], targets[part]))
+            most = max(most, cache_bytes(cache))
+        found[name] = torch.cat(parts, 1).mean(1).tolist(), most
     return found
 
 
 def score_prompt(model: Any, ways: list[Way], task: dict, row: dict) -> dict[str, Any]:
     """Per way: whether all tokens of the answer are the best ones, its negative log-likelihood, and
-    the cache.
+    the most bytes of its cache after any read.
     """
     del task
     context, question, answer = (
@@ -72,12 +72,13 @@ def score_prompt(model: Any, ways: list[Way], task: dict, row: dict) -> dict[str
     behind = torch.cat((question, answer[:-1]))
     found = {}
     for name, cache in caches.items():
-        rows = (
-            torch.cat((after, read(model, cache, behind, len(context)))) if len(behind) else after
-        )
+        rows, most = after, cache_bytes(cache)
+        if len(behind):
+            rows = torch.cat((after, read(model, cache, behind, len(context), keep=len(answer))))
+            most = max(most, cache_bytes(cache))
         log_probs = rows[-len(answer) :].double().log_softmax(-1)
         hit = bool((log_probs.argmax(-1) == answer).all())
-        found[name] = (hit, -float(log_probs.gather(1, answer[:, None]).sum())), cache
+        found[name] = (hit, -float(log_probs.gather(1, answer[:, None]).sum())), most
     return found
 
 
@@ -106,8 +107,8 @@ def same_cache(model: Any, ways: list[Way], task: dict, ids: Tensor) -> dict[str
 
 
 def score(model: Any, tasks: dict[str, Any], tell: Tell, *, task: str, ways: list[Way]) -> dict:
-    """Per way, the scores of all inputs of a task and the bytes of the last cache; and the reasons
-    of those that cannot read them all.
+    """Per way, the scores of all inputs of a task and the most bytes of a cache; and the reasons of
+    those that cannot read them all.
     """
     given = tasks[task]
     read_text = "windows" in given
@@ -124,9 +125,9 @@ def score(model: Any, tasks: dict[str, Any], tell: Tell, *, task: str, ways: lis
         tell(f"{task}: {number} of {len(rows)}")
         found, failed = tried(one, model, able, given, row)
         refused |= {name: f"input {number}: {reason}" for name, reason in failed.items()}
-        for name, (numbers, cache) in found.items():
+        for name, (numbers, size) in found.items():
             scores[name].append(numbers)
-            sizes[name] = cache_bytes(cache)
+            sizes[name] = max(sizes.get(name, 0), size)
     kept = {name: numbers for name, numbers in scores.items() if name not in refused}
     return {"scores": kept, "bytes": sizes, "refused": refused}
 

@@ -70,11 +70,14 @@ def fill_all(model: Any, ways: list[Way], ids: Tensor) -> tuple[dict[str, Any], 
     return caches, logits
 
 
-def read(model: Any, cache: Any, ids: Tensor, position: int) -> Tensor:
-    """Logits [S, V] of `ids` [S], read through the cache at their positions in the text."""
+def read(model: Any, cache: Any, ids: Tensor, position: int, *, keep: int = 0) -> Tensor:
+    """Logits [S, V] of `ids` [S] (of the last `keep`, unless that is 0), read through the cache at
+    their positions in the text.
+    """
     # after eviction the cache is shorter than the text: positions are given, as kvpress does
     places = torch.arange(position, position + len(ids))[None]
-    return model(ids[None], past_key_values=cache, position_ids=places).logits[0]
+    found = model(ids[None], past_key_values=cache, position_ids=places, logits_to_keep=keep)
+    return found.logits[0]
 
 
 def held(value: object) -> list[Tensor]:

@@ -76,13 +76,17 @@ def hf_static(model: PreTrainedModel) -> Contender:
 
 
 def kvfx_under(model: PreTrainedModel, policy: str, *, compile: bool) -> Contender:
-    """`kvfx.compress(model, policy)`, compiled once for all lengths."""
+    """`kvfx.compress(model, policy)`, compiled once for all lengths; a cache is for as many tokens
+    as it will hold, like the static one of transformers.
+    """
     fast, seconds = compressed(model, policy, compile=compile)
-    return Contender(
-        f"kvfx {policy}",
-        lambda ids, tokens: generated(fast, ids, tokens, {}),
-        compress_seconds=seconds,
-    )
+
+    def generate(ids: Tensor, tokens: int) -> Generated:
+        # the last token is not read
+        cache = fast.new_cache(ids.shape[1] + tokens - 1)
+        return generated(fast, ids, tokens, {"past_key_values": cache})
+
+    return Contender(f"kvfx {policy}", generate, compress_seconds=seconds)
 
 
 def compressed(

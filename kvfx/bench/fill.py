@@ -78,7 +78,7 @@ def filled_contenders(
     """
     makers: list[Callable[[], Contender]] = [lambda: _default(model, fill)]
     for policy in policies:
-        makers.append(lambda policy=policy: _kvfx(model, policy, fill, compile=compile))
+        makers.append(lambda policy=policy: _kvfx(model, policy, fill, most, compile=compile))
     makers.append(lambda: _quantized(model, fill))
     if compile:
         makers.append(lambda: _static(model, fill, most))
@@ -95,9 +95,11 @@ def _default(model: PreTrainedModel, fill: Fill) -> Contender:
     return Contender(HF_DEFAULT, _generator(model, new_cache, fill, {}))
 
 
-def _kvfx(model: PreTrainedModel, policy: str, fill: Fill, *, compile: bool) -> Contender:
+def _kvfx(
+    model: PreTrainedModel, policy: str, fill: Fill, most: int, *, compile: bool
+) -> Contender:
     fast, seconds = compressed(model, policy, compile=compile)
-    generate = _generator(fast, lambda _: fast.new_cache(), fill, {})
+    generate = _generator(fast, lambda ids: fast.new_cache(ids.shape[1] + most - 1), fill, {})
     return Contender(f"kvfx {policy}", generate, compress_seconds=seconds)
 
 

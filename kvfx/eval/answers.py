@@ -17,7 +17,7 @@ from kvfx.eval.text import Corpus, prefix_ids, token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from kvfx.model import CompressedCache, CompressedModel
+    from kvfx.model import CompressedModel
 
 # the question is read after the context was compressed, or with it
 HIDDEN, VISIBLE = "hidden", "visible"
@@ -44,12 +44,20 @@ class Prompt:
         """Context, question and answer as numbers."""
         return self.context.tolist(), self.question.tolist(), self.answer.tolist()
 
+    @property
+    def read(self) -> int:
+        """The most tokens that are read: all but the last one of an answer, which may be decoded in
+        more words.
+        """
+        more = 0 if self.score is None else MORE
+        return len(self.context) + len(self.question) + len(self.answer) - 1 + more
+
 
 @dataclass(frozen=True)
 class Retrieval:
     """Per sample: its depth, whether every token of the answer was the most probable one (of an
     answer that has parts: the share of them that was said, 0.0 to 1.0), and the answer's negative
-    log-likelihood in nats; `cache_bytes` as allocated after the last sample.
+    log-likelihood in nats; `cache_bytes`: the most that was allocated after any read.
     """
 
     depths: tuple[float, ...]
@@ -107,8 +115,9 @@ def make_prompts(
     return prompts
 
 
-def answer_prompt(fast: CompressedModel, prompt: Prompt) -> tuple[float, float, CompressedCache]:
-    """Whether greedy decoding would give the answer, its negative log-likelihood, and the cache.
+def answer_prompt(fast: CompressedModel, prompt: Prompt) -> tuple[float, float, int]:
+    """Whether greedy decoding would give the answer, its negative log-likelihood, and the most
+    bytes that were allocated after reading the context or the rest.
 
     Question and answer are read in one piece: if each of the answer's tokens is the most probable
     one after those before it, decoding them one by one gives them as well (unless entries are
@@ -117,25 +126,28 @@ def answer_prompt(fast: CompressedModel, prompt: Prompt) -> tuple[float, float, 
     exact. Where an answer has parts and is not given as it stands, it is decoded, and the share of
     the parts that are said is what counts.
     """
-    cache = fast.new_cache()
+    cache = fast.new_cache(prompt.read)
     device = fast.device
     context, answer = prompt.context.to(device), prompt.answer.to(device)
     after = fast(context[None], past_key_values=cache, logits_to_keep=1).logits[0]
+    most = cache.nbytes()
     behind = torch.cat((prompt.question.to(device), answer[:-1]))
     if len(behind) > 0:
-        read = fast(behind[None], past_key_values=cache).logits[0]
+        # the rest of a question predicts nothing that is scored
+        read = fast(behind[None], past_key_values=cache, logits_to_keep=len(answer)).logits[0]
         after = torch.cat((after, read))
+        most = max(most, cache.nbytes())
     log_probs = after[-len(answer) :].double().log_softmax(-1)
     hit = bool((log_probs.argmax(-1) == answer).all())
     nll = -float(log_probs.gather(1, answer[:, None]).sum())
     if prompt.score is None:
-        return hit, nll, cache
-    return 1.0 if hit else prompt.score(_decode(fast, prompt)), nll, cache
+        return hit, nll, most
+    return 1.0 if hit else prompt.score(_decode(fast, prompt)), nll, most
 
 
 def _decode(fast: CompressedModel, prompt: Prompt) -> list[int]:
     """What greedy decoding says, a few tokens more than the answer."""
-    cache, context = fast.new_cache(), prompt.context.to(fast.device)
+    cache, context = fast.new_cache(prompt.read), prompt.context.to(fast.device)
     logits = fast(context[None], past_key_values=cache, logits_to_keep=1).logits
     if len(prompt.question) > 0:
         logits = fast(prompt.question.to(fast.device)[None], past_key_values=cache).logits

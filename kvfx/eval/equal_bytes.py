@@ -34,8 +34,8 @@ def at_equal_bytes(
     calibration: Calibration | None,
     refused: dict[str, str],
 ) -> tuple[Policy, ...]:
-    """Every policy at each `memory`, for one row of `tokens` tokens; what does not fit is noted in
-    `refused`.
+    """Every policy at each `memory`, for one row of `tokens` tokens and no more; what does not fit
+    is noted in `refused`.
     """
     sites = sites_of(model, strict=True)
     found: dict[Policy, None] = {}
@@ -56,7 +56,15 @@ def _fitting(
     tokens: int,
     calibration: Calibration | None,
 ) -> Policy:
-    plan = fitted(policy, sites, memory, batch=1, context=tokens, calibration=calibration)
+    plan = fitted(
+        policy,
+        sites,
+        memory,
+        batch=1,
+        context=tokens,
+        calibration=calibration,
+        max_length=tokens,
+    )
     if plan.budget is None:
         return plan.asked
     scale = 10**DIGITS
@@ -74,7 +82,7 @@ def _bytes(part: float | int | str, sites: tuple[Site, ...], tokens: int) -> int
         raise InputError(f"memory={part!r}: a part of the dense cache is above 0 and at most 1")
     whole = rest = 0
     for site in make_plan(Full(), sites).sites:
-        size = site_bytes(site, 1, tokens)
+        size = site_bytes(site, 1, tokens, max_length=tokens)
         if site.site.window is None:
             whole += size
         else:

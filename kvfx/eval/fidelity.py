@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kvfx.model import CompressedCache, CompressedModel
+    from kvfx.model import CompressedModel
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class WindowScore:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """The scores of all windows; `cache_bytes` as allocated after the last token of one."""
+    """The scores of all windows; `cache_bytes`: the most that was allocated after any read."""
 
     windows: tuple[WindowScore, ...]
     cache_bytes: int
@@ -75,25 +75,27 @@ def dense_log_probs(model: PreTrainedModel, ids: Tensor, scored: int) -> Tensor:
 
 def score_window(
     fast: CompressedModel, ids: Tensor, dense: Tensor, *, chunk: int
-) -> tuple[WindowScore, CompressedCache]:
+) -> tuple[WindowScore, int]:
     """Prefill all of `ids` [S] but the scored tokens, then read those `chunk` by `chunk` through
-    the cache; `dense` [scored, V] is what the dense model predicts for them.
+    the cache; `dense` [scored, V] is what the dense model predicts for them. Also the most bytes
+    that were allocated after any of these reads.
 
     The first scored token is predicted by the row before it. That row is read through the cache as
     well, not with the prompt, whose own attention is exact: no prediction is free.
     """
     scored = len(dense)
     context, rows, targets = ids[: -scored - 1], ids[-scored - 1 : -1], ids[-scored:]
-    cache = fast.new_cache()
+    cache = fast.new_cache(len(ids) - 1)
     fast(context[None], past_key_values=cache, logits_to_keep=1)
-    parts = [
-        _compare(fast(new[None], past_key_values=cache).logits[0], expected, target)
-        for new, expected, target in zip(
-            rows.split(chunk), dense.split(chunk), targets.split(chunk), strict=True
-        )
-    ]
+    parts, most = [], cache.nbytes()
+    for new, expected, target in zip(
+        rows.split(chunk), dense.split(chunk), targets.split(chunk), strict=True
+    ):
+        logits = fast(new[None], past_key_values=cache).logits[0]
+        parts.append(_compare(logits, expected, target))
+        most = max(most, cache.nbytes())
     dense_nll, nll, kl, flips = torch.cat(parts, 1).mean(1).tolist()
-    return WindowScore(scored, dense_nll, nll, kl, flips), cache
+    return WindowScore(scored, dense_nll, nll, kl, flips), most
 
 
 def _compare(logits: Tensor, dense: Tensor, targets: Tensor) -> Tensor:

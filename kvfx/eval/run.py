@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,9 +36,12 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Job:
-    """One task at one length: its inputs, and how models are measured on them."""
+    """One task at one length: its inputs, the most `tokens` that are read of one of them, and how
+    models are measured.
+    """
 
     setting: Setting
+    tokens: int
     measure: Callable[[dict[Policy, CompressedModel]], dict[Policy, Scores]]
 
 
@@ -54,37 +58,33 @@ def evaluate(
 
     The dense cache is always among the policies: it is the ceiling.
     """
-    policies = {
-        length: (Full(), *_policies(model, suite, length, results, calibration))
-        for length in suite.lengths
-    }
     jobs = _jobs(name, model, tokenizer, suite, tell)
-    every = [(job, policy) for job in jobs for policy in policies[job.setting.length]]
-    missing = {
-        (number, policy): _setting(job, policy)
-        for number, job in enumerate(jobs)
-        for policy in policies[job.setting.length]
-        if results.find(_setting(job, policy)) is None
-    }
-    asked = list(dict.fromkeys(policy for _, policy in missing))
-    models = _compressed(model, asked, results, tell, calibration)
-    for number, job in enumerate(jobs):
-        turn = {each: fast for each, fast in models.items() if (number, each) in missing}
-        for policy, scores in job.measure(turn).items() if turn else ():
-            setting = missing[number, policy]
-            results.add(_measured(setting, short_policy(policy), scores, model.device))
-    found = (results.find(_setting(job, policy)) for job, policy in every)
+    # for every job: the setting of each policy
+    settings: list[dict[Policy, Setting]] = []
+    for job in jobs:
+        policies = (Full(), *_policies(model, suite, job, results, calibration))
+        settings.append({each: replace(job.setting, policy=repr(each)) for each in policies})
+    missing = [
+        {each: setting for each, setting in asked.items() if results.find(setting) is None}
+        for asked in settings
+    ]
+    models = _compressed(model, list(dict.fromkeys(chain(*missing))), results, tell, calibration)
+    for job, turn in zip(jobs, missing, strict=True):
+        measured = job.measure({each: models[each] for each in turn if each in models})
+        for policy, scores in measured.items():
+            results.add(_measured(turn[policy], short_policy(policy), scores, model.device))
+    found = (results.find(setting) for asked in settings for setting in asked.values())
     return [measurement for measurement in found if measurement is not None]
 
 
 def _policies(
     model: PreTrainedModel,
     suite: Suite,
-    length: int,
+    job: Job,
     results: Results,
     calibration: Calibration | None,
 ) -> tuple[Policy, ...]:
-    """What is measured at a length, besides the dense cache."""
+    """What is measured besides the dense cache."""
     chosen = tuple(dict.fromkeys(policy for policy in suite.policies if policy != Full()))
     if not suite.memory:
         return chosen
@@ -92,8 +92,7 @@ def _policies(
         model,
         chosen,
         suite.memory,
-        # what is scored is read as well
-        tokens=length + suite.scored + 1,
+        tokens=job.tokens,
         calibration=calibration,
         refused=results.refused,
     )
@@ -136,7 +135,9 @@ def _fidelity_job(setting: Setting, model: Any, tokenizer: Any, suite: Suite, te
         options={"scored": suite.scored, "chunk": suite.chunk},
     )
     title = f"perplexity at {setting.length} tokens"
-    return Job(setting, lambda models: _fidelity(model, models, ids, suite, title, tell))
+    # the last token is predicted and not read
+    tokens = ids.shape[1] - 1
+    return Job(setting, tokens, lambda models: _fidelity(model, models, ids, suite, title, tell))
 
 
 def _fidelity(
@@ -148,15 +149,15 @@ def _fidelity(
     tell: Tell,
 ) -> dict[Policy, Scores]:
     found: dict[Policy, list] = {policy: [] for policy in models}
-    sizes: dict[Policy, int] = {}
+    sizes = dict.fromkeys(models, 0)
     for number, window in enumerate(ids.to(model.device), 1):
         tell(f"{title}: window {number} of {len(ids)}, dense")
         dense = dense_log_probs(model, window, suite.scored)
         for policy, fast in models.items():
             tell(f"{title}: window {number} of {len(ids)}, {short_policy(policy)}")
-            score, cache = score_window(fast, window, dense, chunk=suite.chunk)
+            score, size = score_window(fast, window, dense, chunk=suite.chunk)
             found[policy].append(score)
-            sizes[policy] = cache.nbytes()
+            sizes[policy] = max(sizes[policy], size)
     return {policy: Fidelity(tuple(scores), sizes[policy]) for policy, scores in found.items()}
 
 
@@ -173,20 +174,21 @@ def _answers_job(setting: Setting, model: Any, tokenizer: Any, suite: Suite, tel
         options["score"] = task.score.__name__
     setting = replace(setting, samples=suite.samples, inputs_sha256=digest(tokens), options=options)
     title = f"{task.name} at {setting.length} tokens"
-    return Job(setting, lambda models: _answers(models, prompts, title, tell))
+    most = max(prompt.read for prompt in prompts)
+    return Job(setting, most, lambda models: _answers(models, prompts, title, tell))
 
 
 def _answers(
     models: dict[Policy, CompressedModel], prompts: Sequence[Prompt], title: str, tell: Tell
 ) -> dict[Policy, Scores]:
     found: dict[Policy, list[tuple[float, float]]] = {policy: [] for policy in models}
-    sizes: dict[Policy, int] = {}
+    sizes = dict.fromkeys(models, 0)
     for number, prompt in enumerate(prompts, 1):
         for policy, fast in models.items():
             tell(f"{title}: sample {number} of {len(prompts)}, {short_policy(policy)}")
-            hit, nll, cache = answer_prompt(fast, prompt)
+            hit, nll, size = answer_prompt(fast, prompt)
             found[policy].append((hit, nll))
-            sizes[policy] = cache.nbytes()
+            sizes[policy] = max(sizes[policy], size)
     depths = tuple(prompt.depth for prompt in prompts)
     return {
         policy: Retrieval(
@@ -219,10 +221,6 @@ def _compressed(
             results.refused[short_policy(policy)] = str(error)
     share_prefill(list(models.values()))
     return models
-
-
-def _setting(job: Job, policy: Policy) -> Setting:
-    return replace(job.setting, policy=repr(policy))
 
 
 def _measured(setting: Setting, label: str, scores: Scores, device: torch.device) -> Measurement:

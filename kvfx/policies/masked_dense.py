@@ -26,6 +26,5 @@ class MaskedDense(Store):
         return Full().buffers(site)
 
     def capacity(self, entries: Count, *, bounded: bool) -> Count:
-        """The next bucket."""
-        del bounded
-        return in_buckets(entries)
+        """As `Full`."""
+        return entries if bounded else in_buckets(entries)

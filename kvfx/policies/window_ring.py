@@ -39,9 +39,8 @@ class WindowRing(Store):
         }
 
     def capacity(self, entries: Count, *, bounded: bool) -> Count:
-        """The next bucket, but never more than the window: from there on the ring wraps."""
-        del bounded
-        return at_most(in_buckets(entries), self.window)
+        """As `Full`, but never more than the window: from there on the ring wraps."""
+        return at_most(entries if bounded else in_buckets(entries), self.window)
 
     def attributes(self, site: Site) -> dict[str, int | float | str]:
         """The window."""

@@ -105,8 +105,7 @@ class RepairedState(State):
     def _check_room(self, count: int) -> None:
         if self.max_length is not None and count > self.max_length:
             raise CapacityExceeded(
-                f"{count} tokens do not fit into max_length={self.max_length}: compress with a "
-                "larger max_length"
+                f"{count} tokens do not fit into max_length={self.max_length}: give a larger one"
             )
 
     def _worst(self) -> list[int]:

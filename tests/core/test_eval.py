@@ -27,6 +27,7 @@ from kvfx.eval.suite import FAMILIES, Suite, task_names, with_budgets
 from kvfx.eval.table import headline, sections
 from kvfx.eval.tasks import TASKS
 from kvfx.eval.text import Corpus, corpus, prefix_ids, token_ids, windows
+from kvfx.memory import memory_bytes
 from kvfx.policy import Policy
 from kvfx.prefill_parts import store_part
 from kvfx.sizes import size_text
@@ -155,8 +156,10 @@ def test_texts_come_with_python_or_from_a_file(tmp_path):
 @pytest.mark.parametrize("chunk", [1, 7, 40, 64])
 def test_full_reads_what_the_model_reads(model, fast, ids, chunk):
     dense = dense_log_probs(model, ids, 40)
-    score, cache = score_window(fast[Full()], ids, dense, chunk=chunk)
-    assert cache.get_seq_length() == len(ids) - 1
+    score, size = score_window(fast[Full()], ids, dense, chunk=chunk)
+    # an entry for each token that is read, and no more
+    read = len(ids) - 1
+    assert size == memory_bytes(fast[Full()].plan, 1, read, max_length=read)
     assert score.tokens == 40
     assert score.dense_nll == pytest.approx(plain_nll(model, ids, 40), rel=1e-5)
     assert score.nll == pytest.approx(score.dense_nll, rel=1e-5)
@@ -319,7 +322,7 @@ def test_equal_bytes_mean_the_largest_budget_that_fits(model):
 
 
 def held_bytes(model, policy, length):
-    fast = kvfx.compress(model, policy, compile=False, verify=False)
+    fast = kvfx.compress(model, policy, compile=False, verify=False, max_length=length)
     return fast(**left_padded((length,)), logits_to_keep=1).past_key_values.nbytes()
 
 

@@ -356,18 +356,27 @@ class Said:
         self.said = Letters()(text)["input_ids"]
         self.before = len(prompt.context) + len(prompt.question)
 
-    def new_cache(self):
-        return [0]
+    def new_cache(self, max_length):
+        return Seen(max_length)
 
     def __call__(self, ids, past_key_values, logits_to_keep=0):
         logits = torch.zeros(1, ids.shape[1], 300)
         for row in range(ids.shape[1]):
-            past_key_values[0] += 1
-            place = past_key_values[0] - self.before
+            past_key_values.tokens += 1
+            assert past_key_values.tokens <= past_key_values.most
+            place = past_key_values.tokens - self.before
             if place >= 0:
                 token = self.said[place] if place < len(self.said) else Letters.eos_token_id
                 logits[0, row, token] = 9.0
         return Out(logits[:, -logits_to_keep:])
+
+
+class Seen:
+    def __init__(self, most):
+        self.tokens, self.most = 0, most
+
+    def nbytes(self):
+        return self.tokens
 
 
 class Out:
@@ -393,7 +402,9 @@ def test_an_answer_in_other_words_is_decoded(question):
     said = {answer: 1.0, f" {second}": 0.25, f" {second} and {first}.": 0.5, " none": 0.0}
     for text, share in said.items():
         model: Any = Said(text, prompt)
-        assert answer_prompt(model, prompt)[0] == share
+        found, _, most = answer_prompt(model, prompt)
+        assert found == share
+        assert most == len(prompt.context) + len(prompt.question) + len(prompt.answer) - 1
     # what comes behind the end does not count
     ended: Any = Said(f" {first}", prompt)
     ended.said += [Letters.eos_token_id, *Letters()(f" {second}")["input_ids"]]

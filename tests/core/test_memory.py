@@ -77,9 +77,11 @@ SITES = (site(0), site(1, kv_heads=1), site(2, mask=Window(100)), site(3, head_d
 EQUAL = tuple(site(index) for index in range(4))
 
 
-def allocated(plan: Plan, batch: int, length: int, new: int = 0) -> int:
+def allocated(
+    plan: Plan, batch: int, length: int, new: int = 0, max_length: int | None = None
+) -> int:
     """Bytes of the buffers after a prompt and `new` steps, which never held more on the way."""
-    state = State(plan, batch, None)
+    state = State(plan, batch, max_length)
     most = 0
     for tokens in (length, *(1 for _ in range(new))):
         prompt = [length] * batch if tokens == length and state.columns == 0 else None
@@ -101,6 +103,24 @@ def test_bytes_are_what_is_allocated(name, batch, length, new):
     assert memory_bytes(plan, batch, length, new) == sum(
         site_bytes(part, batch, length, new) for part in plan.sites
     )
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(st.integers(1, 900), st.integers(0, 100), st.integers(0, 100))
+def test_a_conversation_that_is_bounded_gets_what_it_needs(name, length, new, more):
+    plan, most = make_plan(POLICIES[name], SITES), length + new + more
+    size = memory_bytes(plan, 2, length, new, most)
+    assert allocated(plan, 2, length, new, most) == size
+    assert size <= memory_bytes(plan, 2, length, new)
+    formula = memory_formula(plan, most)
+    assert formula.subs({BATCH: 2, LENGTH: length, NEW: new}) == size
+
+
+def test_a_bounded_dense_cache_has_an_entry_per_token():
+    plan = make_plan(Full(), EQUAL)
+    entry = len(EQUAL) * 2 * 3 * 64 * 4
+    counters = len(EQUAL) * 3 * 4
+    assert memory_bytes(plan, 1, 300, 10, 310) == 310 * entry + counters
 
 
 @pytest.mark.parametrize("name", {**POLICIES, **MEASURED})

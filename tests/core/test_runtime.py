@@ -39,9 +39,9 @@ def fast(policy: str = "full", max_length: int | None = None):
     )
 
 
-def read(policy: str, lengths, steps: int) -> CompressedCache:
+def read(policy: str, lengths, steps: int, max_length: int | None = None) -> CompressedCache:
     """The cache after a padded prompt, an extending turn and some decoded tokens."""
-    model, past = fast(policy), fast(policy).new_cache()
+    model, past = fast(policy), fast(policy).new_cache(max_length)
     model(**left_padded(lengths), past_key_values=past, logits_to_keep=1)
     _decode(model, past, len(lengths), 3)
     turn = left_padded([1 + 4 * row for row in range(len(lengths))], seed=1)
@@ -64,7 +64,7 @@ def assert_counts_agree(state: State) -> None:
     ):
         entries = state.entries[plan.schedule]
         assert buffers["length"].tolist() == [[count] * plan.site.kv_heads for count in entries]
-        assert plan.store.capacity(max(entries), bounded=plan.select is not None) <= capacity
+        assert plan.store.capacity(max(entries), bounded=True) <= capacity
 
 
 @pytest.mark.parametrize("lengths", [(50,), (3, 70, 33)], ids=str)
@@ -118,6 +118,22 @@ def test_entries_stay_when_the_cache_grows():
     assert float((torch.cat(logits, 1) - whole).abs().max()) <= bound
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_cache_of_as_many_tokens_as_are_read(policy, poison):
+    """What is allocated is smaller, what it holds is the same, and one token more is refused."""
+    model, seen = fast(policy), 90 + 3 + 5 + 10
+    found, expected = read(policy, (3, 90), 10, max_length=seen), read(policy, (3, 90), 10)
+    assert found.nbytes() < expected.nbytes() or model.plan.selects
+    assert found.nbytes() <= expected.nbytes()
+    last = torch.full((2, 1), 7)
+    with pytest.raises(CapacityExceeded, match=f"{seen + 1} tokens do not fit into max_length"):
+        model(last, past_key_values=found)
+    found.max_length = found.state.max_length = None
+    one, other = (model(last, past_key_values=past).logits for past in (found, expected))
+    bound = torch.finfo(torch.float32).eps ** 0.5 * float(other.abs().max())
+    assert float((one - other).abs().max()) <= bound
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 def test_max_length_refuses_before_anything_is_computed(rows):
     model, ids = fast(max_length=16), left_padded([21])["input_ids"]
@@ -128,9 +144,7 @@ def test_max_length_refuses_before_anything_is_computed(rows):
     with pytest.raises(CapacityExceeded) as caught:
         model(ids[:, columns : columns + rows], past_key_values=past)
     seen = columns + rows
-    assert str(caught.value) == (
-        f"{seen} tokens do not fit into max_length=16: compress with a larger max_length"
-    )
+    assert str(caught.value) == (f"{seen} tokens do not fit into max_length=16: give a larger one")
     assert past.get_seq_length() == columns
     assert all(map(torch.equal, past.state.tensors(), before))
     if rows > 1:
