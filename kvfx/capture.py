@@ -60,12 +60,20 @@ def capture(model: PreTrainedModel) -> Graph:
     encoder-decoders, recurrent layers, models without a language-model head, weights on several
     devices.
     """
+    return held_capture(model).copy()
+
+
+def held_capture(model: PreTrainedModel) -> Graph:
+    """What `capture` copies: the same graph, never to be changed, for as long as the model is as it
+    was.
+    """
     check_decoder(model)
     likeness = _likeness(model)
     known = _CAPTURED.get(model)
     if known is None or known[0] != likeness:
-        _CAPTURED[model] = known = (likeness, _trace(model))
-    return known[1].copy()
+        # a copy has plain inputs and outputs: the calling convention of export stays behind
+        _CAPTURED[model] = known = (likeness, _trace(model).copy())
+    return known[1]
 
 
 def _likeness(model: PreTrainedModel) -> object:
@@ -96,7 +104,6 @@ def _trace(model: PreTrainedModel) -> Graph:
         exported = _export(model, (input_ids, position_ids, logits_index))
         module = exported.module()
     _share_weights(module, model)
-    # its copies have plain inputs and outputs: the pytree calling convention of export stays behind
     return Graph(module, Level.CAPTURED, windows=_config_windows(model))
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import fx
 
-from kvfx.capture import capture
+from kvfx.capture import held_capture
 from kvfx.errors import (
     CalibrationError,
     KvfxError,
@@ -23,7 +24,7 @@ from kvfx.errors import (
 from kvfx.geometry import Site
 from kvfx.graph import Graph
 from kvfx.op_table import BACKENDS
-from kvfx.pass_manager import Pass, Trail, run_passes
+from kvfx.pass_manager import Pass, Step, Trail, replay, run_passes
 from kvfx.passes.own_passes import check_own
 from kvfx.passes.pipeline import PROGRAMS, Target, outline_passes, program_passes, raise_passes
 from kvfx.planner import Plan, make_plan
@@ -225,8 +226,8 @@ def lower(
     trail = Trail() if trail is None else trail
     # a capture takes seconds: what cannot run is refused before
     check_own(passes)
-    captured = capture(model)
-    raised = raised_graph(model, captured, trail, strict=strict, own=passes)
+    captured = held_capture(model)
+    raised = raised_graph(model, trail, strict=strict, own=passes)
     if calibration is not None:
         _check(calibration, model, raised.sites)
     plan = choose(raised.sites)
@@ -311,21 +312,22 @@ def _chooser(
     )
 
 
+# captures that were raised before by kvfx's own passes, and those that were proven then
+_RAISED: WeakKeyDictionary[fx.GraphModule, tuple[Graph, tuple[Step, ...]]] = WeakKeyDictionary()
+_PROVEN: WeakSet[fx.GraphModule] = WeakSet()
+
+
 def raised_graph(
-    model: PreTrainedModel,
-    captured: Graph,
-    trail: Trail,
-    *,
-    strict: bool,
-    own: Sequence[Pass] = (),
+    model: PreTrainedModel, trail: Trail, *, strict: bool, own: Sequence[Pass] = ()
 ) -> Graph:
     """The captured graph of `model` with every attention raised: its sites are what is planned for.
-    A user's `own` passes run among those of kvfx.
+    A user's `own` passes run among those of kvfx. Without any, a model that was raised before, and
+    is as it was, is not raised again.
 
     Raises UnmatchedAttention for sites that are not understood; where not `strict`, for those that
     no cache can serve.
     """
-    raised = run_passes(captured.copy(), raise_passes(own), trail)
+    raised = _raised(held_capture(model), trail, own)
     dense = {site.name for site in raised.sites}
     if raised.missed and (strict or not dense.issuperset(raised.missed)):
         reasons = "\n".join(f"  {miss}" for miss in raised.missed.values())
@@ -339,10 +341,29 @@ def raised_graph(
     return raised
 
 
+def _raised(captured: Graph, trail: Trail, own: Sequence[Pass]) -> Graph:
+    """The capture, raised, to be changed freely."""
+    known = None if own else _RAISED.get(captured.module)
+    if known is not None:
+        replay(known[1], trail)
+        return known[0].copy()
+    start = len(trail.steps)
+    raised = run_passes(captured.copy(), raise_passes(own), trail)
+    if not own:
+        _RAISED[captured.module] = (raised.copy(), tuple(trail.steps[start:]))
+    return raised
+
+
 def _validate(lowered: Lowered, own: Sequence[Pass]) -> None:
-    """Translation validation; where it fails, a user's `own` passes are named first."""
+    """Translation validation, once for all policies: it compares the raised graph under `Full()`
+    with the capture. Where it fails, a user's `own` passes are named first.
+    """
+    if not own and lowered.captured.module in _PROVEN:
+        return
     try:
         validate(lowered.captured, lowered.raised)
+        if not own:
+            _PROVEN.add(lowered.captured.module)
     except VerificationError as error:
         if not own:
             raise

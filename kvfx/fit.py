@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvfx.capture import capture
 from kvfx.compiler import raised_graph
 from kvfx.errors import PolicyError
 from kvfx.geometry import Site
@@ -183,7 +182,7 @@ def plan(
 
 def sites_of(model: PreTrainedModel, *, strict: bool) -> tuple[Site, ...]:
     """What is planned for: the attention of `model`, captured and raised once."""
-    return raised_graph(model, capture(model), Trail(), strict=strict).sites
+    return raised_graph(model, Trail(), strict=strict).sites
 
 
 def fitted(

@@ -109,6 +109,13 @@ class Trail:
         return "\n".join(rows)
 
 
+def replay(steps: Iterable[Step], trail: Trail) -> None:
+    """Append steps that ran before, on an equal graph, and show them as if they ran now."""
+    for step in steps:
+        trail.steps.append(step)
+        _show(step, len(trail.steps))
+
+
 def run_passes(graph: Graph, passes: Iterable[Pass], trail: Trail | None) -> Graph:
     """Run `passes` in order on `graph`, checking each door, and append their record to `trail` if
     there is one.
@@ -131,9 +138,7 @@ def run_passes(graph: Graph, passes: Iterable[Pass], trail: Trail | None) -> Gra
         if trail is None:
             continue
         after = graph.text
-        record = Step(step.name, graph.program, stats, before, after)
-        trail.steps.append(record)
-        _show(record, len(trail.steps))
+        replay([Step(step.name, graph.program, stats, before, after)], trail)
         before = after
     graph.module.recompile()
     return graph

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+import sympy
 import torch
 from torch import fx
 
@@ -42,7 +43,7 @@ def canonical_text(graph: Graph) -> str:
     chose.
     """
     names: dict[fx.Node, str] = {}
-    axes = _axis_names(graph)
+    axes = Axes(graph)
     lines, number = [], 0
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -74,29 +75,45 @@ def _unnumbered(line: str) -> str:
     )
 
 
-def _axis_names(graph: Graph) -> dict[str, str]:
-    """Letters for the symbolic sizes: batch B, rows S, logits L, the capacity of a site C."""
-    letters: dict[str, str] = {}
-    for node in graph.nodes:
-        if node.op != "placeholder" or not isinstance(node.meta.get("val"), torch.Tensor):
-            continue
-        shape = node.meta["val"].shape
-        for size, letter in zip(
-            shape, AXES.get(str(node.target), ("B",) + ("C",) * (len(shape) - 1)), strict=False
-        ):
-            if isinstance(size, torch.SymInt):
-                letters.setdefault(str(size), letter)
-    return letters
+class Axes:
+    """Letters for the symbolic sizes of a graph: batch B, rows S, logits L, the capacity of a site
+    C. The texts of sizes are kept: most of them occur in every layer.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.letters: dict[str, str] = {}
+        self.texts: dict[sympy.Expr, str] = {}
+        for node in graph.nodes:
+            if node.op != "placeholder" or not isinstance(node.meta.get("val"), torch.Tensor):
+                continue
+            shape = node.meta["val"].shape
+            for size, letter in zip(
+                shape, AXES.get(str(node.target), ("B",) + ("C",) * (len(shape) - 1)), strict=False
+            ):
+                if isinstance(size, torch.SymInt):
+                    self.letters.setdefault(str(size), letter)
+
+    def text(self, size: int | torch.SymInt) -> str:
+        """A size, in letters."""
+        if not isinstance(size, torch.SymInt):
+            return str(size)
+        expression = size.node.expr
+        if expression not in self.texts:
+            text = str(expression)
+            for symbol, letter in self.letters.items():
+                text = text.replace(symbol, letter)
+            self.texts[expression] = text.replace(" ", "")
+        return self.texts[expression]
 
 
-def _line(node: fx.Node, names: dict[fx.Node, str], axes: dict[str, str]) -> str:
+def _line(node: fx.Node, names: dict[fx.Node, str], axes: Axes) -> str:
     if node.op == "output":
-        return f"return {_operand(node.args[0], names, axes)}"
+        return f"return {_operand(node.args[0], names)}"
     value = _value(node.meta.get("val"), axes)
     if node.op == "placeholder":
         return f"{names[node]}: {value}"
-    parts = [_operand(arg, names, axes) for arg in node.args]
-    parts += [f"{key}={_operand(arg, names, axes)}" for key, arg in node.kwargs.items()]
+    parts = [_operand(arg, names) for arg in node.args]
+    parts += [f"{key}={_operand(arg, names)}" for key, arg in node.kwargs.items()]
     result = f"{names[node]}: {value} = " if value else ""
     return f"{result}{_target(node)}({', '.join(parts)}){_comment(node)}"
 
@@ -117,9 +134,9 @@ def _comment(node: fx.Node) -> str:
     return f"  # {path}" if path and not path.startswith("_") else ""
 
 
-def _value(value: object, axes: dict[str, str]) -> str:
+def _value(value: object, axes: Axes) -> str:
     if isinstance(value, torch.Tensor):
-        sizes = ",".join(_size(size, axes) for size in value.shape)
+        sizes = ",".join(axes.text(size) for size in value.shape)
         return f"{DTYPES.get(value.dtype, value.dtype)}[{sizes}]"
     if isinstance(value, (tuple, list)):
         return f"({', '.join(_value(item, axes) for item in value)})"
@@ -128,18 +145,11 @@ def _value(value: object, axes: dict[str, str]) -> str:
     return ""
 
 
-def _size(size: object, axes: dict[str, str]) -> str:
-    text = str(size)
-    for symbol, letter in axes.items():
-        text = text.replace(symbol, letter)
-    return text.replace(" ", "")
-
-
-def _operand(arg: object, names: dict[fx.Node, str], axes: dict[str, str]) -> str:
+def _operand(arg: object, names: dict[fx.Node, str]) -> str:
     if isinstance(arg, fx.Node):
         return names[arg]
     if isinstance(arg, (list, tuple)):
-        return f"[{_join(arg, names, axes)}]"
+        return f"[{_join(arg, names)}]"
     if isinstance(arg, float):
         return f"{arg:.6g}"
     if isinstance(arg, int) and arg == torch.iinfo(torch.int64).max:
@@ -147,5 +157,5 @@ def _operand(arg: object, names: dict[fx.Node, str], axes: dict[str, str]) -> st
     return str(arg)
 
 
-def _join(items: Iterable[object], names: dict[fx.Node, str], axes: dict[str, str]) -> str:
-    return ", ".join(_operand(item, names, axes) for item in items)
+def _join(items: Iterable[object], names: dict[fx.Node, str]) -> str:
+    return ", ".join(_operand(item, names) for item in items)

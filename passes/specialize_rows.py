@@ -44,10 +44,14 @@ class SpecializeRows(Pass):
                 reader.args = _replaced(reader.args, counter, self.rows)
             graph.module.graph.erase_node(counter)
             stats.hit("row-count")
+        # layers are alike: values of equal shape stand for each other
+        known: dict[object, Tensor] = {}
         for node in graph.nodes:
             if "val" in node.meta:
                 value = node.meta["val"]
-                node.meta["val"] = pytree.tree_map_only(Tensor, lambda t: _narrowed(t, rows), value)
+                node.meta["val"] = pytree.tree_map_only(
+                    Tensor, lambda t: _narrowed(t, rows, known), value
+                )
 
 
 def _counts_rows(node: fx.Node) -> bool:
@@ -58,13 +62,19 @@ def _replaced(args: tuple[Argument, ...], old: fx.Node, new: int) -> tuple[Argum
     return cast(tuple[Argument, ...], fx.map_arg(args, lambda node: new if node is old else node))
 
 
-def _narrowed(value: Tensor, rows: Mapping[sympy.Expr, int]) -> Tensor:
+def _narrowed(value: Tensor, rows: Mapping[sympy.Expr, int], known: dict[object, Tensor]) -> Tensor:
     """A fake tensor like `value`, with symbols replaced in its shape."""
     mode = fake_mode(value)
     assert mode is not None
-    shape = [_narrowed_size(size, rows) for size in value.shape]
-    with mode:
-        return torch.empty(shape, dtype=value.dtype, device=value.device)
+    shape = tuple(
+        size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape
+    )
+    kind = (shape, value.dtype, value.device)
+    if kind not in known:
+        narrow = [_narrowed_size(size, rows) for size in value.shape]
+        with mode:
+            known[kind] = torch.empty(narrow, dtype=value.dtype, device=value.device)
+    return known[kind]
 
 
 def _narrowed_size(size: int | torch.SymInt, rows: Mapping[sympy.Expr, int]) -> int | torch.SymInt:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvfx.capture import capture
 from kvfx.compiler import raised_graph
 from kvfx.model import CompressedModel
 from kvfx.pass_manager import Trail
@@ -40,7 +39,7 @@ def ground(
     Raises UnsupportedShape for a model that fails the probe and for policies that rank tokens by a
     prompt's queries, StoreError for a store of another model.
     """
-    raised = raised_graph(fast.source, capture(fast.source), Trail(), strict=True)
+    raised = raised_graph(fast.source, Trail(), strict=True)
     runner, adopter = Runner(raised), Adopter(fast)
     found = probe(fast.source, raised, runner)
     found.check(approximate=approximate)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvfx.capture import capture
 from kvfx.compiler import raised_graph
 from kvfx.pass_manager import Trail
 from kvfx.reuse.runner import LiveRows, Runner
@@ -57,7 +56,7 @@ def built(name: str) -> tuple[PreTrainedModel, Runner]:
 
 def runner_of(model: PreTrainedModel) -> Runner:
     """A runner of a model's raised graph."""
-    return Runner(raised_graph(model, capture(model), Trail(), strict=True))
+    return Runner(raised_graph(model, Trail(), strict=True))
 
 
 def some_tokens(count: int, seed: int = 1) -> Tensor:

@@ -222,11 +222,55 @@ def test_without_own_passes_none_is_suspected(monkeypatch):
         kvfx.compress(tiny_llama(), Full(), compile=False)
 
 
+def test_a_model_is_raised_and_proven_once(monkeypatch, capsys):
+    """Another policy finds its trail whole; what changed is proven again, and own passes are."""
+    model, proven = tiny_llama(head_dim=32), []
+    monkeypatch.setattr("kvfx.compiler.validate", lambda *graphs: proven.append(graphs))
+    first = kvfx.compress(model, Full(), compile=False)
+    monkeypatch.setattr(
+        "kvfx.compiler.raise_passes", lambda own: own or pytest.fail("raised again")
+    )
+    monkeypatch.setenv("KVFX_PRINT", "after:match-attention")
+    second = kvfx.compress(model, KIVI(4), compile=False)
+    assert len(proven) == 1
+    assert second.report.verified
+    assert second.raised.text == first.raised.text
+    assert second.raised.module is not first.raised.module
+    names = [step.name for step in first.trail.steps if not step.program]
+    assert names == [step.name for step in second.trail.steps if not step.program] != []
+    assert "kvfx.attention" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("kvfx.compiler.validate", lambda *graphs: proven.append(graphs))
+    kvfx.compress(model, Full(), compile=False, passes=(WriteOut(),))
+    kvfx.compress(model, Full(), compile=False)
+    assert len(proven) == 2
+    model.double()
+    kvfx.compress(model, Full(), compile=False)
+    assert len(proven) == 3
+
+
+def test_a_model_that_is_wrong_stays_wrong(monkeypatch):
+    """What was refused once is not taken for proven."""
+    model = tiny_llama()
+
+    def refuse(captured, raised):
+        raise VerificationError("asked")
+
+    monkeypatch.setattr("kvfx.compiler.validate", refuse)
+    for _ in range(2):
+        with pytest.raises(VerificationError, match="asked"):
+            kvfx.compress(model, Full(), compile=False)
+    # nor is what nobody asked to be verified
+    kvfx.compress(model, Full(), compile=False, verify=False)
+    with pytest.raises(VerificationError, match="asked"):
+        kvfx.compress(model, Full(), compile=False)
+
+
 def test_an_own_pass_that_cannot_run_is_refused_before_the_capture(monkeypatch, tmp_path):
     def busy(model):
         raise AssertionError("captured")
 
-    monkeypatch.setattr("kvfx.compiler.capture", busy)
+    monkeypatch.setattr("kvfx.compiler.held_capture", busy)
     twice, html = (WriteOut(), WriteOut(wrong=True)), tmp_path / "page.html"
     with pytest.raises(InputError, match="there is a pass 'write-out' already"):
         kvfx.compress(tiny_llama(), Full(), passes=twice)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import kvfx
-from kvfx.capture import capture
 from kvfx.compiler import raised_graph
 from kvfx.model import CompressedModel
 from kvfx.pass_manager import Trail
@@ -44,7 +43,7 @@ def fast(compressed):
 @pytest.fixture(scope="session")
 def runner(model):
     """The programs of reuse on the model's graph."""
-    return Runner(raised_graph(model, capture(model), Trail(), strict=True))
+    return Runner(raised_graph(model, Trail(), strict=True))
 
 
 @pytest.fixture(scope="session")

@@ -29,12 +29,11 @@ TOKENS = 45
 @cache
 def gemma():
     """Three windows of 16 and a global site, in fp64, and the programs of reuse on it."""
-    from kvfx.capture import capture
     from kvfx.compiler import raised_graph
     from kvfx.pass_manager import Trail
 
     model = tiny_gemma3().double()
-    return model, Runner(raised_graph(model, capture(model), Trail(), strict=True))
+    return model, Runner(raised_graph(model, Trail(), strict=True))
 
 
 @cache

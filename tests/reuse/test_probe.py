@@ -8,7 +8,6 @@ from functools import cache
 import pytest
 import torch
 
-from kvfx.capture import capture
 from kvfx.compiler import raised_graph
 from kvfx.errors import UnsupportedShape
 from kvfx.graph import Graph
@@ -46,7 +45,7 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
 def built(architecture: str, name: str = "") -> tuple[torch.nn.Module, Graph]:
     """A tiny fp32 model and its raised graph."""
     model = tiny(architecture, MODELS[name][1] if name else {})
-    return model, raised_graph(model, capture(model), Trail(), strict=True)
+    return model, raised_graph(model, Trail(), strict=True)
 
 
 def probed(model: torch.nn.Module, raised: Graph) -> Probe:
@@ -79,7 +78,7 @@ def test_learned_positions_cannot_be_moved(architecture):
 
 def test_half_precision_is_probed_with_its_own_rounding():
     model = tiny("llama").to(torch.bfloat16)
-    found = probed(model, raised_graph(model, capture(model), Trail(), strict=True))
+    found = probed(model, raised_graph(model, Trail(), strict=True))
     assert found.failures == ()
     assert found.moved > 1e-3
 
