@@ -87,7 +87,9 @@ class Planes:
             self.parts * self.planes, dtype=torch.int32, device=codes.device
         )
         shifts = shifts.reshape(self.parts, 1, self.planes, 1)
-        return as_word((fields << shifts).sum((-4, -2)))
+        # axis by axis, in int32: both at once, widened to int64, took seven times as long
+        shifted = (fields << shifts).sum(-4, dtype=torch.int32).sum(-2, dtype=torch.int32)
+        return as_word(shifted)
 
     def unpack(self, words: Tensor) -> Tensor:
         """Codes int32 [..., G, D] of whole tiles, from their words [..., R, W]."""
