@@ -39,7 +39,7 @@ def dynamic() -> Way:
     return Way(label, "transformers.DynamicCache()", {"name": label}, timed=False)
 
 
-def quantized(backend: str, bits: int, axis: int) -> Way:
+def quantized(backend: str, bits: int, axis: int, *, timed: bool) -> Way:
     """QuantizedCache with its defaults, and the axis that its documentation names for the
     backend.
     """
@@ -49,7 +49,7 @@ def quantized(backend: str, bits: int, axis: int) -> Way:
     code = f'transformers.QuantizedCache("{backend}", config, {typed})'
     # written out: other versions of transformers may have other defaults
     cache = {"backend": backend, **options, "q_group_size": 64, "residual_length": 128}
-    return Way(label, code, {"name": label, "cache": cache}, timed=True)
+    return Way(label, code, {"name": label, "cache": cache}, timed)
 
 
 def press(name: str, kept: float, *, timed: bool) -> Way:
@@ -66,15 +66,15 @@ ENVIRONMENTS = (
         (TORCH, "transformers==5.23.0", "optimum-quanto==0.2.7", "hqq==0.2.8.post1"),
         (
             dynamic(),
-            *(quantized("quanto", bits, 0) for bits in (4, 2)),
-            *(quantized("hqq", bits, 1) for bits in (4, 2)),
+            *(quantized("quanto", bits, 0, timed=bits == 4) for bits in (4, 2)),
+            *(quantized("hqq", bits, 1, timed=bits == 4) for bits in (4, 2)),
         ),
     ),
     Environment(
         "kvpress",
         (TORCH, "transformers==5.2.0", "kvpress==0.5.5"),
         tuple(
-            press(name, kept, timed=name == "SnapKVPress")
+            press(name, kept, timed=kept == min(KEPT))
             for name in ("SnapKVPress", "KeyDiffPress", "ExpectedAttentionPress")
             for kept in KEPT
         ),

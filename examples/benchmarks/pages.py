@@ -30,9 +30,13 @@ TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "stores": ("stores.json", tables.fidelity),
     "methods": ("methods.json", tables.by_budget),
     "equal-bytes": ("equal-bytes.json", tables.by_share),
+    "equal-bytes-windows": ("gemma.json", tables.by_share),
+    "visible": ("visible.json", tables.evaluated),
     "peers": ("peers/quality.json", tables.evaluated),
-    "peers-speed": ("peers/speed.json", tables.decoded),
-    "decode": ("decode.json", tables.decoded),
+    "peers-speed": ("peers/speed.json", tables.decoded_by_peers),
+    "decode": ("peers/speed.json", tables.decoded),
+    "choosing": ("peers/speed.json", tables.chosen),
+    "reuse-agents": ("reuse.json", tables.communicated),
     "reuse-rag": ("reuse.json", partial(tables.reused, RAG)),
     "reuse-turns": ("reuse.json", partial(tables.reused, TURNS)),
 }
@@ -41,7 +45,7 @@ PICTURES: dict[str, tuple[str, str]] = {
     "perplexity-bytes": ("peers/quality.json", "quality_bytes_1"),
     "needles-bytes": ("peers/quality.json", "quality_bytes_2"),
     "needles": ("needles.json", "needles"),
-    "context": ("decode.json", "speed"),
+    "context": ("peers/speed.json", "speed"),
 }
 FIGURES = ROOT / "docs/data/figures"
 

@@ -38,14 +38,15 @@ PARTS = ("quality", "speed")
 
 @dataclass(frozen=True)
 class Run:
-    """What is measured on which model, the folder of everything that is written, and who is told
-    what happens.
+    """What is measured on which model, the folder of everything that is written, the file of its
+    calibration, and who is told what happens.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     out: Path
+    calibration: Path
     profile: Profile
     peers: Sequence[Environment]
     tell: Callable[[str], None]
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="to see that everything works")
     parser.add_argument("--peers", default="all", help="all, none, transformers, kvpress")
     parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--calibration", type=Path, help="a file; by default one is made")
     parser.add_argument("--windows", type=int, help="of perplexity, not those of the profile")
     parser.add_argument("--samples", type=int, help="of each needle task, as well")
     asked = parser.parse_args(arguments)
@@ -74,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sizes = {"windows": asked.windows, "samples": asked.samples}
         given = {name: count for name, count in sizes.items() if count is not None}
         profile = replace(QUICK if asked.quick else FULL, **given)
-        run = Run(asked.model, *models.load(asked.model), asked.out, profile, peers, _tell)
+        model, tokenizer = models.load(asked.model)
+        known = asked.calibration or asked.out / "calibration.safetensors"
+        run = Run(asked.model, model, tokenizer, asked.out, known, profile, peers, _tell)
         measure(run, PARTS if asked.only is None else (asked.only,))
     except KvfxError as error:
         sys.exit(f"error: {error}")
@@ -137,14 +141,13 @@ def _quality(
 
 
 def _calibration(run: Run) -> kvfx.Calibration | None:
-    """What the policies read that need it; kept beside the results."""
-    path = run.out / "calibration.safetensors"
+    """What the policies read that need it, made once."""
     if not run.profile.calibrated:
         return None
-    if not path.is_file():
+    if not run.calibration.is_file():
         run.tell("calibrating")
-        kvfx.calibrate(run.model, tokenizer=run.tokenizer).save(path)
-    return kvfx.Calibration.load(path)
+        kvfx.calibrate(run.model, tokenizer=run.tokenizer).save(run.calibration)
+    return kvfx.Calibration.load(run.calibration)
 
 
 def _speed(run: Run, installed: Sequence[tuple[Environment, Path]]) -> None:
@@ -163,7 +166,7 @@ def _speed(run: Run, installed: Sequence[tuple[Environment, Path]]) -> None:
             run.tokenizer,
             profile.timed,
             peers,
-            length=profile.timed_at,
+            lengths=profile.timed_at,
             new_tokens=profile.new_tokens,
             rounds=profile.rounds,
             tell=run.tell,

@@ -12,7 +12,7 @@ from kvfx.policies import policy_named
 @dataclass(frozen=True)
 class Profile:
     """`windows` of `length` tokens and `scored` more; `samples` of each needle task behind at most
-    `hidden_in` tokens; `rounds` of `new_tokens` behind `timed_at` tokens.
+    `hidden_in` tokens; `rounds` of `new_tokens` behind each of `timed_at` tokens.
     """
 
     windows: int
@@ -21,7 +21,7 @@ class Profile:
     samples: int
     hidden_in: int
     tasks: tuple[str, ...]
-    timed_at: int
+    timed_at: tuple[int, ...]
     new_tokens: int
     rounds: int
     policies: tuple[str, ...]
@@ -53,22 +53,21 @@ FULL = Profile(
     length=1024,
     scored=128,
     samples=100,
-    hidden_in=600,
-    tasks=("needle-prose",),
-    timed_at=4096,
-    new_tokens=32,
-    rounds=3,
+    hidden_in=512,
+    tasks=("needle-prose", "needle-noise"),
+    timed_at=(512, 1024, 4096),
+    new_tokens=24,
+    rounds=2,
     policies=(
         "KIVI(bits=4)",
-        "KIVI(bits=4, residual=32)",
+        "KIVI(bits=4, residual=0)",
         "KIVI(bits=2)",
-        "SnapKV() | KIVI(bits=4)",
-        "Auto(budget=1, context=1) | SnapKV()",
+        "Auto(budget=1, context=1, residual=0) | SnapKV()",
         "SnapKV()",
         "KeyDiff()",
         "ExpectedAttention()",
     ),
-    timed=("full", "kivi-4bit", "kivi-2bit", "snapkv-25%"),
+    timed=("full", "k8v4", "kivi-4bit", "snapkv-25%", "snapkv-25%|kvcrush", "h2o-20%"),
 )
 QUICK = Profile(
     windows=2,
@@ -77,7 +76,7 @@ QUICK = Profile(
     samples=5,
     hidden_in=300,
     tasks=("needle-noise",),
-    timed_at=512,
+    timed_at=(256,),
     new_tokens=8,
     rounds=2,
     policies=("KIVI(bits=4)", "SnapKV()"),

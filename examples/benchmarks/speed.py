@@ -47,13 +47,12 @@ def bench(
     policies: Sequence[str],
     peers: Sequence[tuple[Environment, PeerProcess]],
     *,
-    length: int,
+    lengths: Sequence[int],
     new_tokens: int,
     rounds: int,
     tell: Callable[[str], None],
 ) -> DecodeBench:
-    """Time all behind a context of `length` tokens; those that are wrong are refused."""
-    ids = text_ids(tokenizer, length).to(model.device)
+    """Time all behind contexts of `lengths` tokens; those that are wrong are refused."""
     with inductor_cache(cold=False):
         contenders = [hf_default(model)]
         for policy in policies:
@@ -66,7 +65,18 @@ def bench(
             if way.timed
         ]
         contenders.append(hf_static(model))
-        rows = bench_length(contenders, ids, new_tokens, rounds, why_wrong, tell)
+        rows = [
+            row
+            for length in lengths
+            for row in bench_length(
+                contenders,
+                text_ids(tokenizer, length).to(model.device),
+                new_tokens,
+                rounds,
+                why_wrong,
+                tell,
+            )
+        ]
     found = _versions(peers)
     return measured_here(name, model, rows, found, cold=False, rounds=rounds, new_tokens=new_tokens)
 

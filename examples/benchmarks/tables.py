@@ -6,15 +6,30 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvfx.bench.decode import Row
-from kvfx.bench.reuse_table import ReuseBench
+from kvfx.bench.contenders import KVFX_EXACT
+from kvfx.bench.decode import DecodeBench, Row
+from kvfx.bench.reuse_table import ALL, ReuseBench
+from kvfx.bench.reuse_workloads import AGENTS
+from kvfx.bench.throughput import ThroughputBench
 from kvfx.eval.fidelity import Fidelity
 from kvfx.eval.results import Measurement, open_results
 from kvfx.eval.table import DENSE, dense_of, headline, markdown_table, sections
 from kvfx.figures.inputs import read_inputs, steps
 from kvfx.figures.labels import method_of
 
+Bench = DecodeBench | ThroughputBench
 BUDGETS = (0.75, 0.5, 0.25)
+# how contenders are named that need no environment of their own
+OWN = ("kvfx ", "HF ")
+CHOOSING = ("kvfx snapkv-25%", "kvfx snapkv-25%|kvcrush", "kvfx h2o-20%")
+COMMUNICATED = (
+    "policy",
+    "calls reused (last agent)",
+    "first token, all agents",
+    "faster where reused",
+    "KL, nats (worst prompt)",
+    "next tokens agree",
+)
 # columns of what reuse gains and costs
 REUSED = (
     "policy",
@@ -93,19 +108,27 @@ def by_share(path: Path) -> str:
 
 
 def decoded(path: Path) -> str:
-    """Milliseconds per token of every contender."""
+    """Milliseconds per token of transformers and kvfx at every context."""
     (bench,) = read_inputs([path]).benches
+    return _decoded(bench, [row for row in steps(bench) if row.contender.startswith(OWN)])
+
+
+def decoded_by_peers(path: Path) -> str:
+    """Milliseconds per token of every contender at the longest context."""
+    (bench,) = read_inputs([path]).benches
+    return _decoded(bench, _longest(bench))
+
+
+def chosen(path: Path) -> str:
+    """How long prompts take under methods that choose, beside the one that keeps all."""
+    (bench,) = read_inputs([path]).benches
+    known = {row.contender: row.prefill_ms for row in _longest(bench)}
+    whole = known[KVFX_EXACT]
     rows = [
-        (
-            row.contender,
-            f"{row.length:,}",
-            *(_timed(row) if row.median_ms is not None else (row.refusal, "", "", "")),
-        )
-        for row in steps(bench)
+        (name.removeprefix("kvfx "), f"{known[name] / 1e3:.2f}", f"{known[name] / whole:.2f}")
+        for name in (KVFX_EXACT, *CHOOSING)
     ]
-    times = ("ms/token (p25-p75)", "of HF default", "prefill s", "cache MiB")
-    table = markdown_table(("contender", "context", *times), rows)
-    return f"{bench.headline()}\n\n{table}"
+    return markdown_table(("policy", "prefill s", "of full"), rows)
 
 
 def reused(workload: str, path: Path) -> str:
@@ -126,6 +149,49 @@ def reused(workload: str, path: Path) -> str:
     ]
     table = markdown_table(REUSED, cells)
     return f"{bench.headline()}; {bench.titles[workload]}\n\n{table}"
+
+
+def communicated(path: Path) -> str:
+    """What agents gain by each other's texts: all of them, the last one, and calls that reused."""
+    bench = ReuseBench.from_dict(json.loads(path.read_text("utf-8")))
+    rows = {(row.contender, row.agent): row for row in bench.rows if row.workload == AGENTS}
+    *_, last = (agent for _, agent in rows)
+    cells = []
+    for name in dict.fromkeys(name for name, _ in rows):
+        every, end = rows[name, ALL], rows[name, last]
+        cells.append(
+            (
+                name,
+                f"{every.calls:.0%} ({end.calls:.0%})",
+                f"{every.first_ms.median:,.0f} ms",
+                f"{end.first_ms.median:,.0f} ms",
+                "-" if every.reused is None else every.reused.text(".3g", "x"),
+                f"{every.kl:.2g} ({every.most_kl:.2g})",
+                f"{every.agreement:.0%}",
+            )
+        )
+    header = (*COMMUNICATED[:3], f"first token, {last}", *COMMUNICATED[3:])
+    table = markdown_table(header, cells)
+    return f"{bench.headline()}; {bench.titles[AGENTS]}\n\n{table}"
+
+
+def _decoded(bench: Bench, chosen: Sequence[Row]) -> str:
+    rows = [
+        (
+            row.contender,
+            f"{row.length:,}",
+            *(_timed(row) if row.median_ms is not None else (row.refusal, "", "", "")),
+        )
+        for row in chosen
+    ]
+    times = ("ms/token (p25-p75)", "of HF default", "prefill s", "cache MiB")
+    table = markdown_table(("contender", "context", *times), rows)
+    return f"{bench.headline()}\n\n{table}"
+
+
+def _longest(bench: Bench) -> list[Row]:
+    most = max(row.length for row in steps(bench))
+    return [row for row in steps(bench) if row.length == most]
 
 
 def _timed(row: Row) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ class Generated:
 class Contender:
     """A way to generate greedily. `cold_seconds` is its first prefill and decode, compilation
     included; `refusal` says why it cannot be timed. `release` gives back memory that it keeps
-    between two calls; `checked` is what it gave at each length before it was timed.
+    between two calls; `checked` is what it gave at each length in the first round.
     """
 
     name: str

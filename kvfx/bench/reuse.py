@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # the part of the reused rows that KVShare computes again, and EPIC with as many rows
 RATIO = 0.2
 EXACT = "ExactPrefix()"
-COMMUNICATING = ("KVCOMM()", "KVCOMM(lengths='paper')", "KVCOMM(mode='official')")
+COMMUNICATING = ("KVCOMM()", "KVCOMM(mode='official')")
 
 Tell = Callable[[str], None]
 
@@ -151,8 +151,8 @@ def _ask_team(fast: CompressedModel, group: Team, scored: int, tell: Tell) -> li
         tell(f"{AGENTS}: preparing {policy}")
         contenders.append(templated(fast, group.templates(), policy))
     samples = []
+    known: dict[tuple[int, ...], Expected] = {}
     for number, asked in enumerate(group.asked):
-        known: dict[tuple[int, ...], Expected] = {}
         for contender in in_turns(contenders, number):
             tell(f"{AGENTS}: round {number + 1} of {len(group.asked)}, {contender.name}")
             texts = [group.questions[asked]]

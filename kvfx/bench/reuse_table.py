@@ -92,9 +92,10 @@ class Spread:
 @dataclass(frozen=True)
 class Row:
     """All prompts of one contender (of one `agent`, or of `"all"`; "" without agents). `steps` are
-    median milliseconds. `ratio` is dense time over that of the contender, prompt by prompt. `found`
-    is the part of all tokens, `calls` that of the prompts with any found; `repaired` and `computed`
-    are median rows per prompt, `read` median bytes, `stored` those after the last prompt.
+    median milliseconds. `ratio` is dense time over that of the contender, prompt by prompt;
+    `reused` the same for those with any token found. `found` is the part of all tokens, `calls`
+    that of such prompts; `repaired` and `computed` are median rows per prompt, `read` median bytes,
+    `stored` those after the last prompt.
     """
 
     workload: str
@@ -103,6 +104,7 @@ class Row:
     prompts: int
     first_ms: Spread
     ratio: Spread
+    reused: Spread | None
     steps: dict[str, float]
     found: float
     calls: float
@@ -200,15 +202,16 @@ def _row(
     def middle(value: Callable[[Sample], float]) -> float:
         return statistics.median(map(value, samples))
 
+    ratios = [whole[sample.agent, sample.prompt] / sample.first_seconds for sample in samples]
+    reused = [ratio for ratio, sample in zip(ratios, samples, strict=True) if sample.found > 0]
     return Row(
         workload=workload,
         contender=name,
         agent=agent,
         prompts=len(samples),
         first_ms=Spread.of([1e3 * sample.first_seconds for sample in samples]),
-        ratio=Spread.of(
-            [whole[sample.agent, sample.prompt] / sample.first_seconds for sample in samples]
-        ),
+        ratio=Spread.of(ratios),
+        reused=Spread.of(reused) if reused else None,
         steps={
             step: 1e3 * middle(lambda sample, step=step: sample.seconds.get(step, 0.0))
             for step in (*STEPS, *APART)

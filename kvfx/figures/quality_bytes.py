@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 FLOOR = 1e-7
 # ratios of a panel that are farther apart are drawn on a log scale
 FAR = 3.0
+# settings that tell panels of one task apart, in the words of a title
+APART = {
+    "question": "{}",
+    "text": "{}",
+    "samples": "{} samples",
+    "seed": "seed {}",
+    "scored": "{} scored",
+    "chunk": "by {}",
+}
 # inches of a panel, by how many there are beside it
 WIDTHS, WIDTH, HEIGHT, COLUMNS = {1: 5.4, 2: 3.9}, 2.75, 2.45, 3
 
@@ -134,12 +143,14 @@ def _note(measure: str, below: bool, samples: int, edged: bool) -> str:
 
 
 def _tell_apart(panels: Sequence[dict]) -> None:
-    """Panels of one task are called after the first thing in which they differ."""
+    """Panels of one task are called after that in which they differ."""
     for panel in panels:
         same = [other for other in panels if other["title"] == panel["title"]]
-        names = [name for name in ("question", "text", "samples", "seed", "scored", "chunk")
-                 if len({other.get(name) for other in same}) > 1]  # fmt: skip
-        panel["differs"] = f", {names[0]} {panel[names[0]]}" if names else ""
+        panel["differs"] = "".join(
+            f", {words.format(panel[name])}"
+            for name, words in APART.items()
+            if len({other.get(name) for other in same}) > 1
+        )
     for panel in panels:
         panel["title"] += panel.pop("differs")
 
@@ -162,6 +173,9 @@ def _draw_panel(axes: Axes, panel: dict, pens: dict[str, canvas.Pen]) -> None:
     least = -math.inf if panel["edge"] is None else panel["edge"]
     for name, pen in pens.items():
         points = [point for point in panel["points"] if point["method"] == name]
+        if not points:
+            # matplotlib gives a line without points a place, at the edge of the whole figure
+            continue
         colour = canvas.GREY if panel["below_ceiling"] else pen.colour
         x = [100 * point["share"] for point in points]
         y = [max(point["value"], least) for point in points]

@@ -115,7 +115,19 @@ def test_panels_of_one_task_are_told_apart(retrieval):
     seen = {"question": "visible", "template_sha256": "0123"}
     group += [replace(one, setting=replace(one.setting, options=seen)) for one in group]
     titles = [panel["title"] for panel in quality_bytes.data(group)["panels"]]
-    assert titles == ["needle-prose, question hidden", "needle-prose, question visible"]
+    assert titles == ["needle-prose, hidden", "needle-prose, visible"]
+
+
+def test_a_panel_that_lacks_a_method_keeps_its_place(retrieval):
+    """A line without points took room from there to the corner of the figure."""
+    seen = {"question": "visible", "template_sha256": "0123"}
+    group = [retrieval(label) for label in ("Full()", "KIVI(bits=4)")]
+    others = [retrieval(label) for label in ("Full()", "SnapKV(budget=0.25)")]
+    group += [replace(one, setting=replace(one.setting, options=seen)) for one in others]
+    figure = quality_bytes.draw(quality_bytes.data(group))
+    # matplotlib warns where nothing is left for the axes, and warnings are errors
+    figure.draw_without_rendering()
+    assert all(axes.get_position().width > 0.3 for axes in figure.axes)
 
 
 def test_twelve_methods_are_twelve_pens():
