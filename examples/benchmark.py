@@ -70,7 +70,7 @@ def quality(fast: CompressedModel, text: Tensor, truths: list[Tensor]) -> Fideli
         score_window(fast, window, truth, chunk=CHUNK)
         for window, truth in zip(text, truths, strict=True)
     ]
-    return Fidelity(tuple(score for score, _ in found), found[-1][1].nbytes())
+    return Fidelity(tuple(score for score, _ in found), max(size for _, size in found))
 
 
 if __name__ == "__main__":

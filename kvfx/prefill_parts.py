@@ -50,6 +50,24 @@ def store_part(program: Graph) -> fx.GraphModule:
     return module
 
 
+def told_by_prompt(graph: fx.Graph) -> set[fx.Node]:
+    """Of a store part the ops that nothing but the prompt has a say in: they write nothing, and
+    read what all policies share, the positions, constants, or one another.
+    """
+    given = ("shared_", "position_ids")
+    inputs = graph.find_nodes(op="placeholder")
+    known = {node for node in inputs if str(node.target).startswith(given)}
+    known.update(graph.find_nodes(op="get_attr"))
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "call_function" and known.issuperset(node.all_input_nodes):
+            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+                continue
+            known.add(node)
+            found.add(node)
+    return found
+
+
 def _operands(graph: fx.Graph) -> list[fx.Node]:
     """q, k, v of every site, in order, each once."""
     attentions = [node for node in graph.nodes if _is_attend_prompt(node)]

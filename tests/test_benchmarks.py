@@ -35,7 +35,7 @@ SMALL = Profile(
     samples=3,
     hidden_in=600,
     tasks=("needle-noise",),
-    timed_at=64,
+    timed_at=(64,),
     new_tokens=4,
     rounds=1,
     policies=("KIVI(bits=4)", "KeyDiff()"),
@@ -60,7 +60,7 @@ def model():
 def run(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     tokenizer: Any = Letters()
-    return peers.Run("tiny", model, tokenizer, out, SMALL, (HERE,), lambda text: None)
+    return peers.Run("tiny", model, tokenizer, out, out / "none", SMALL, (HERE,), lambda text: None)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_another_model_or_other_tokens_are_refused(document, run):
 
 
 def test_no_peers(run, tmp_path, capsys):
-    alone = peers.Run(run.name, run.model, run.tokenizer, tmp_path, SMALL, (), lambda text: None)
+    alone = peers.Run(run.name, run.model, run.tokenizer, tmp_path, run.calibration, SMALL, (), lambda text: None)
     peers.measure(alone, ())
     assert "no peers" in capsys.readouterr().out
     assert json.loads((tmp_path / "workload.json").read_text())["tasks"].keys() == {
@@ -318,7 +318,7 @@ def test_names_are_those_that_are_typed():
     assert (
         press("SnapKVPress", 0.25, timed=True).code == "kvpress.SnapKVPress(compression_ratio=0.75)"
     )
-    assert quantized("hqq", 2, 1).label == "transformers hqq 2-bit"
+    assert quantized("hqq", 2, 1, timed=False).label == "transformers hqq 2-bit"
     for profile in (FULL, QUICK):
         codes = [way.code for each in environments("all") for way in each.ways]
         assert len(set(codes)) == len(codes)

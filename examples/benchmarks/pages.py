@@ -35,6 +35,7 @@ TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "peers": ("peers/quality.json", tables.evaluated),
     "peers-speed": ("peers/speed.json", tables.decoded_by_peers),
     "decode": ("peers/speed.json", tables.decoded),
+    "speed-in-words": ("peers/speed.json", tables.in_words),
     "choosing": ("peers/speed.json", tables.chosen),
     "reuse-agents": ("reuse.json", tables.communicated),
     "reuse-rag": ("reuse.json", partial(tables.reused, RAG)),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvfx.bench.contenders import KVFX_EXACT
+from kvfx.bench.contenders import HF_DEFAULT, KVFX_EXACT
 from kvfx.bench.decode import DecodeBench, Row
 from kvfx.bench.reuse_table import ALL, ReuseBench
 from kvfx.bench.reuse_workloads import AGENTS
@@ -21,6 +21,7 @@ Bench = DecodeBench | ThroughputBench
 BUDGETS = (0.75, 0.5, 0.25)
 # how contenders are named that need no environment of their own
 OWN = ("kvfx ", "HF ")
+SAID = ("kvfx kivi-4bit", "kvfx snapkv-25%")
 CHOOSING = ("kvfx snapkv-25%", "kvfx snapkv-25%|kvcrush", "kvfx h2o-20%")
 COMMUNICATED = (
     "policy",
@@ -117,6 +118,21 @@ def decoded_by_peers(path: Path) -> str:
     """Milliseconds per token of every contender at the longest context."""
     (bench,) = read_inputs([path]).benches
     return _decoded(bench, _longest(bench))
+
+
+def in_words(path: Path) -> str:
+    """A sentence about the longest context."""
+    (bench,) = read_inputs([path]).benches
+    rows = {row.contender: row for row in _longest(bench)}
+    dense, *others = (f"{rows[name].median_ms:.1f} ms" for name in (HF_DEFAULT, *SAID))
+    under = " and ".join(
+        f"{took} under `{name.removeprefix('kvfx ')}`"
+        for took, name in zip(others, SAID, strict=True)
+    )
+    return (
+        f"Behind {rows[HF_DEFAULT].length:,} tokens, on a CPU with {bench.threads} threads, a token "
+        f"took {dense} with transformers' default cache, {under}, in one run."
+    )
 
 
 def chosen(path: Path) -> str:

@@ -14,10 +14,21 @@ def rotate(x: Tensor, shift: Tensor, frequencies: Tensor, style: str) -> Tensor:
     shift is [B, K, S] positions, K dividing H; frequencies [W / 2] fp32 radians per position.
     `style` pairs channel i with i + W / 2 ("half") or 2i with 2i + 1 ("interleaved").
     """
-    width = 2 * frequencies.shape[0]
     shift = shift.repeat_interleave(x.shape[1] // shift.shape[1], 1)
-    angle = (shift[..., None].double() * frequencies.double()).float()
-    cos, sin = angle.cos(), angle.sin()
+    angle = angles(shift, frequencies)
+    return turned_by(x, angle.cos(), angle.sin(), style)
+
+
+def angles(shift: Tensor, frequencies: Tensor) -> Tensor:
+    """`shift * frequencies` [..., W / 2] in fp32, from their product in fp64."""
+    return (shift[..., None].double() * frequencies.double()).float()
+
+
+def turned_by(x: Tensor, cos: Tensor, sin: Tensor, style: str) -> Tensor:
+    """Turn the first channels of x [B, H, S, D] by angles of these cosines and sines, which
+    broadcast to [B, H, S, W / 2]. It is linear in both: means of them give the mean rotation.
+    """
+    width = 2 * cos.shape[-1]
     turned, rest = x[..., :width].float(), x[..., width:]
     first, second = (
         turned.chunk(2, -1) if style == "half" else (turned[..., 0::2], turned[..., 1::2])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvfx.kernels.common.attention import Rules
-from kvfx.kernels.common.rotation import rotate
+from kvfx.kernels.common.rotation import angles, rotate, turned_by
 from kvfx.kernels.common.rows import places
 from kvfx.kernels.common.ruled import shares
 
@@ -119,9 +119,9 @@ def query_statistics(
 
     # R(next + i) = R(next) R(i), and the mean of R(i) is the same for all rows of the batch
     width = q.shape[3]
-    unit = torch.eye(width, device=q.device).expand(1, future, -1, -1)
-    shift = torch.arange(future, device=q.device)[None, :, None].expand(1, -1, width)
-    turn = rotate(unit, shift, frequencies, style).mean(1)
+    angle = angles(torch.arange(future, device=q.device), frequencies)
+    unit = torch.eye(width, device=q.device)[None, None]
+    turn = turned_by(unit, angle.cos().mean(0), angle.sin().mean(0), style)[0]
     following = position_ids.amax(1)[:, None, None] + 1
     mean = rotate((mean @ turn)[:, :, None], following, frequencies, style)[:, :, 0]
     covariance = turn.mT @ covariance @ turn

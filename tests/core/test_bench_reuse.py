@@ -162,7 +162,7 @@ def test_every_contender_is_measured(found):
         assert {row.prompts for row in rows.values()} == {SIZES.prompts}
     for agent, prompts in (("all", 6), ("agent 1", 3), ("agent 2", 3)):
         rows = rows_of(found, "agents", agent)
-        assert len(rows) == 5
+        assert len(rows) == 4
         assert {row.prompts for row in rows.values()} == {prompts}
     for sample in found.samples:
         assert sample.tokens == sample.found + sample.computed

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 
 import kvfx
-from kvfx import KIVI, Full, KeyDiff, PerLayer, SnapKV, StreamingLLM, compiler
+from kvfx import KIVI, ExpectedAttention, Full, KeyDiff, PerLayer, SnapKV, StreamingLLM, compiler
 from kvfx.errors import InputError
 from kvfx.eval.answers import HIDDEN, VISIBLE, Prompt, answer_prompt, make_prompts
 from kvfx.eval.equal_bytes import at_equal_bytes
@@ -196,6 +197,28 @@ def test_one_dense_pass_serves_every_policy(fast, ids):
                 read.append((out.logits, *out.past_key_values.state.tensors()))
             assert all(torch.equal(*pair) for pair in zip(*read, strict=True)), policy
         assert dense.runs == runs
+
+
+def test_what_policies_have_in_common_is_computed_once(model, ids):
+    """Scores of a prompt, not what a budget makes of them; another prompt is scored anew."""
+    asked = (
+        SnapKV(budget=0.5, window=8),
+        SnapKV(budget=0.25, window=8),
+        ExpectedAttention(budget=0.5),
+        ExpectedAttention(budget=0.25),
+    )
+    models = {each: kvfx.compress(model, each, compile=False, verify=False) for each in asked}
+    dense = share_prefill(list(models.values()))
+    scored = Counter[str]()
+    for prompt in (ids[:99], ids[:99], ids[1:99]):
+        for each in models.values():
+            each(prompt[None])
+        scored.update(str(key[0]).rsplit(".", 1)[0] for key in dense.known)
+    sites, prompts = len(models[asked[0]].plan.sites), 2
+    # the first prompt is counted twice: nothing was added when it came again
+    assert scored["kvfx.score_window"] == (prompts + 1) * sites
+    assert scored["kvfx.query_statistics"] == (prompts + 1) * sites
+    assert dense.runs == prompts
 
 
 def test_the_store_part_holds_nothing_of_the_model(fast):

@@ -13,5 +13,6 @@ def test_buffers_are_those_of_full():
     assert MaskedDense().buffers(SITE) == Full().buffers(SITE)
 
 
-def test_capacity_is_in_buckets_even_where_entries_are_bounded():
-    assert [MaskedDense().capacity(n, bounded=True) for n in (1, 256, 257)] == [256, 256, 512]
+def test_capacity_is_in_buckets_until_entries_are_bounded():
+    assert [MaskedDense().capacity(n, bounded=False) for n in (1, 256, 257)] == [256, 256, 512]
+    assert [MaskedDense().capacity(n, bounded=True) for n in (1, 256, 257)] == [1, 256, 257]

@@ -43,7 +43,7 @@ def compressed(architecture: str, dtype: torch.dtype) -> CompressedModel:
 @pytest.fixture(autouse=True)
 def prepared_once(monkeypatch):
     """The graph of a model is raised, and its rows are probed, once for all agents."""
-    for name in ("capture", "raised_graph", "Runner", "probe"):
+    for name in ("raised_graph", "Runner", "probe"):
         monkeypatch.setattr(home, name, partial(made, name, getattr(home, name)))
 
 
