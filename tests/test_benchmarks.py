@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -146,7 +147,7 @@ def test_what_is_measured_is_not_measured_again(document, run, monkeypatch):
     ]
     results = open_results(run.out / "quality.json")
     never = lambda: pytest.fail("the peer was started")  # noqa: E731
-    found = quality.measure_peer(never, HERE.ways[:1], dense, results)
+    found = quality.measure_peers([(replace(HERE, ways=HERE.ways[:1]), never)], dense, results)
     assert [each.label for each in found] == [dynamic().label] * 2
 
 
@@ -170,7 +171,7 @@ def test_another_model_or_other_tokens_are_refused(document, run):
 
 
 def test_no_peers(run, tmp_path, capsys):
-    alone = peers.Run(run.name, run.model, run.tokenizer, tmp_path, run.calibration, SMALL, (), lambda text: None)
+    alone = replace(run, out=tmp_path, peers=())
     peers.measure(alone, ())
     assert "no peers" in capsys.readouterr().out
     assert json.loads((tmp_path / "workload.json").read_text())["tasks"].keys() == {

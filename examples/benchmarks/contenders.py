@@ -67,7 +67,7 @@ ENVIRONMENTS = (
         (
             dynamic(),
             *(quantized("quanto", bits, 0, timed=bits == 4) for bits in (4, 2)),
-            *(quantized("hqq", bits, 1, timed=bits == 4) for bits in (4, 2)),
+            quantized("hqq", 4, 1, timed=True),
         ),
     ),
     Environment(

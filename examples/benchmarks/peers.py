@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from examples.benchmarks.contenders import KEPT, Environment, environments
 from examples.benchmarks.install import python_of
 from examples.benchmarks.peer_process import PeerProcess
 from examples.benchmarks.profiles import FULL, QUICK, Profile
-from examples.benchmarks.quality import check_inputs, measure_peer
+from examples.benchmarks.quality import check_inputs, measure_peers
 from examples.benchmarks.speed import bench
 from examples.benchmarks.workload import at_bytes_of_presses, write_workload
 from kvfx import models
@@ -55,7 +56,10 @@ class Run:
         """The process of a peer."""
         self.tell(f"starting {peer.name}")
         return PeerProcess(
-            python, self.out / "workload.json", self.out / f"{peer.name}.log", self.tell
+            python,
+            self.out / "workload.json",
+            self.out / f"{peer.name}.log",
+            lambda text: self.tell(f"{peer.name}, {text}"),
         )
 
 
@@ -134,10 +138,8 @@ def _quality(
     ]
     dense = [each for each in found if each.setting.policy == DENSE]
     check_inputs(dense, hashes)
-    for peer, python in installed:
-        start = lambda peer=peer, python=python: run.start(peer, python)  # noqa: E731
-        found += measure_peer(start, peer.ways, dense, results)
-    return found
+    starts = [(peer, partial(run.start, peer, python)) for peer, python in installed]
+    return found + measure_peers(starts, dense, results)
 
 
 def _calibration(run: Run) -> kvfx.Calibration | None:

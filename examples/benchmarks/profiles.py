@@ -49,11 +49,11 @@ class Profile:
 
 
 FULL = Profile(
-    windows=8,
+    windows=6,
     length=1024,
     scored=128,
     samples=100,
-    hidden_in=512,
+    hidden_in=384,
     tasks=("needle-prose", "needle-noise"),
     timed_at=(512, 1024, 4096),
     new_tokens=24,
@@ -63,7 +63,7 @@ FULL = Profile(
         "KIVI(bits=4, residual=0)",
         "KIVI(bits=2)",
         "Auto(budget=1, context=1, residual=0) | SnapKV()",
-        "SnapKV()",
+        "SnapKV(window=64)",
         "KeyDiff()",
         "ExpectedAttention()",
     ),

@@ -2,61 +2,82 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from examples.benchmarks.contenders import Way
+from examples.benchmarks.contenders import Environment, Way
 from examples.benchmarks.peer_process import PeerProcess
 from kvfx.bench.machine import today
 from kvfx.errors import InputError
 from kvfx.eval.answers import Retrieval
 from kvfx.eval.fidelity import Fidelity, WindowScore
-from kvfx.eval.results import Measurement, Results
+from kvfx.eval.results import Measurement, Results, Setting
 
 # relative: two versions of transformers add in another order
 AGREE = 1e-3
-Tell = Callable[[str], None]
 
 
-def measure_peer(
-    start: Callable[[], PeerProcess],
-    ways: Sequence[Way],
+def measure_peers(
+    peers: Sequence[tuple[Environment, Callable[[], PeerProcess]]],
     dense: Sequence[Measurement],
     results: Results,
 ) -> list[Measurement]:
-    """The ways of one peer at every task that `dense`, kvfx's own dense cache, was measured at;
-    what `results` holds is not measured again, and the peer is not started for nothing.
+    """All ways of all peers at every task that `dense`, kvfx's own dense cache, was measured at.
+    Peers work at the same time; what `results` holds is not measured again, and no peer is started
+    for nothing.
     """
-    asked = [(base, way, replace(base.setting, policy=way.code)) for base in dense for way in ways]
-    missing = [(base, way) for base, way, setting in asked if results.find(setting) is None]
-    if missing:
-        peer = start()
-        try:
-            for base in dense:
-                turn = [way for each, way in missing if each is base]
-                _measure(peer, turn, base, results)
-        finally:
-            peer.close()
-    found = (results.find(setting) for _, _, setting in asked)
+    running: dict[str, PeerProcess] = {}
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(max(1, len(peers))) as pool:
+        for base in dense:
+            asked = []
+            for peer, start in peers:
+                ways = [way for way in peer.ways if results.find(_setting(base, way)) is None]
+                if ways and peer.name not in running:
+                    running[peer.name] = start()
+                    stack.callback(running[peer.name].close)
+                if ways:
+                    asked.append((running[peer.name], ways))
+            task = base.setting.task
+            turns = [
+                pool.submit(process.ask, "score", task=task, ways=[dict(way.given) for way in ways])
+                for process, ways in asked
+            ]
+            for (process, ways), turn in zip(asked, turns, strict=True):
+                _keep(process, ways, turn.result(), base, results)
+    found = (
+        results.find(_setting(base, way))
+        for peer, _ in peers
+        for base in dense
+        for way in peer.ways
+    )
     return [measurement for measurement in found if measurement is not None]
 
 
-def _measure(peer: PeerProcess, ways: Sequence[Way], base: Measurement, results: Results) -> None:
-    if not ways:
-        return
-    task = base.setting.task
-    answer = peer.ask("score", task=task, ways=[dict(way.given) for way in ways])
+def _setting(base: Measurement, way: Way) -> Setting:
+    return replace(base.setting, policy=way.code)
+
+
+def _keep(
+    peer: PeerProcess,
+    ways: Sequence[Way],
+    answer: Mapping[str, Any],
+    base: Measurement,
+    results: Results,
+) -> None:
+    """Remember what a peer answered: scores, or why a way has none."""
     for way in ways:
         if way.label in answer["refused"]:
-            results.refused[f"{way.label} at {task}"] = answer["refused"][way.label]
+            results.refused[f"{way.label} at {base.setting.task}"] = answer["refused"][way.label]
     for way in ways:
         if way.label not in answer["scores"]:
             continue
         scores = scores_of(answer["scores"][way.label], answer["bytes"][way.label], base)
         results.add(
             Measurement(
-                replace(base.setting, policy=way.code),
+                _setting(base, way),
                 way.label,
                 scores,
                 device=base.device,

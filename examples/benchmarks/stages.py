@@ -64,9 +64,7 @@ VISIBLE = (
     "KIVI(bits=4,residual=0)",
     "SnapKV(budget=0.25)",
     "H2O(budget=0.25)",
-    "ExpectedAttention(budget=0.25)",
     "KeyDiff(budget=0.25)",
-    "StreamingLLM(budget=0.25)",
 )
 
 
@@ -118,33 +116,33 @@ SCORED = (
     Stage("peers/quality.json", f"{PEERS} --only quality", "--quick --peers none"),
     Stage(
         "methods.json",
-        _evaluate(METHODS, "--tasks perplexity --lengths 960 --windows 4 --budgets 0.75,0.5,0.25"),
+        _evaluate(METHODS, "--tasks perplexity --lengths 960 --windows 3 --budgets 0.75,0.5,0.25"),
         f"{SHORT} --budgets 0.5 --policies 'SnapKV(),KVMerger()'",
     ),
     Stage(
         "equal-bytes.json",
         _evaluate(
             ALLOCATED,
-            "--tasks perplexity --lengths 1024 --windows 8 --memory 0.25,0.35,0.5 "
+            "--tasks perplexity --lengths 1024 --windows 6 --memory 0.25,0.35,0.5 "
             "--calibration {folder}/calibration.safetensors",
         ),
         f"{SHORT} --memory 0.6 --policies 'PrefixKV()|SnapKV()'",
     ),
     Stage(
         "needles.json",
-        _evaluate(HIDDEN, "--tasks needle-prose --samples 30 --lengths 512,1024,2048"),
+        _evaluate(HIDDEN, "--tasks needle-prose --samples 20 --lengths 512,1024,2048"),
         "--lengths 320 --samples 2 --policies 'KIVI(bits=4)'",
     ),
     Stage(
         "visible.json",
-        _evaluate(VISIBLE, "--tasks needle-prose --question visible --samples 100 --lengths 512"),
+        _evaluate(VISIBLE, "--tasks needle-prose --question visible --samples 100 --lengths 384"),
         "--lengths 320 --samples 2 --policies 'SnapKV(budget=0.25)'",
     ),
     Stage(
         "gemma.json",
         _evaluate(
             WITH_WINDOWS,
-            "--tasks perplexity --lengths 2048 --windows 4 --memory 0.25,0.5 "
+            "--tasks perplexity --lengths 2048 --windows 2 --memory 0.25,0.5 "
             "--calibration {folder}/gemma-calibration.safetensors",
             "gemma3-270m",
         ),
@@ -153,7 +151,7 @@ SCORED = (
     ),
     Stage(
         "stores.json",
-        _evaluate(STORES, "--tasks perplexity --lengths 1024 --windows 8"),
+        _evaluate(STORES, "--tasks perplexity --lengths 1024 --windows 6"),
         f"{SHORT} --policies 'KIVI(bits=4)'",
     ),
 )
@@ -162,8 +160,8 @@ TIMED = (
     Stage("peers/speed.json", f"{PEERS} --only speed", "--quick --peers none"),
     Stage(
         "reuse.json",
-        "kvfx bench reuse --model smollm2 --workloads rag,turns,agents --prompts 3 --rounds 8 "
-        "--answer 32 --json",
+        "kvfx bench reuse --model smollm2 --workloads rag,turns,agents --prompts 2 --rounds 8 "
+        "--answer 24 --json",
         "--workloads turns,agents --prompts 1 --turn 48 --agents 2 --rounds 1 --question 32 "
         "--role 8 --answer 8 --scored 4 --no-compile",
         printed=True,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -15,6 +17,7 @@ from kvfx.eval.answers import Prompt
 from kvfx.eval.suite import PERPLEXITY, Suite
 from kvfx.eval.tasks import TASKS
 from kvfx.eval.text import digest
+from kvfx.policy import Policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,7 +44,7 @@ def at_bytes_of_presses(
     kept: Sequence[float],
 ) -> Suite:
     """The suite with as much memory as a context takes of which kvpress keeps these parts, and what
-    is read behind it.
+    is read behind it; policies that evict have room for all of that, as presses have.
     """
     behind = [
         len(prompt.question) + len(prompt.answer) - 1
@@ -49,10 +52,22 @@ def at_bytes_of_presses(
         if task != PERPLEXITY
         for prompt in _prompts(task, suite, tokenizer)
     ]
-    # what is scored is how much is read, and what budgets are for
-    suite = replace(suite, scored=min(behind, default=suite.scored))
-    held = [int(suite.lengths[0] * part) + suite.scored for part in kept]
-    return replace(suite, memory=tuple(count * token_bytes(model) for count in held))
+    least, most = (pick(behind, default=suite.scored) for pick in (min, max))
+    held = [int(suite.lengths[0] * part) + least for part in kept]
+    return replace(
+        suite,
+        policies=tuple(with_room(policy, most) for policy in suite.policies),
+        memory=tuple(count * token_bytes(model) for count in held),
+    )
+
+
+def with_room(policy: Policy, tokens: int) -> Policy:
+    """The policy, evicting nothing until so many tokens were read behind a prompt."""
+    parts = [
+        replace(cast("Any", part), interval=tokens) if hasattr(part, "interval") else part
+        for part in policy.parts()
+    ]
+    return reduce(or_, parts)
 
 
 @torch.no_grad()

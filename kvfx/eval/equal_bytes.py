@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from kvfx.cache import budgeted
 from kvfx.errors import CapacityExceeded, InputError, PolicyError, UnsupportedShape
 from kvfx.fit import fitted, sites_of
 from kvfx.geometry import Site
 from kvfx.memory import site_bytes
 from kvfx.planner import make_plan
 from kvfx.policies import Full
-from kvfx.policy import Policy
+from kvfx.policy import Allocate, Policy
 from kvfx.report import short_policy
 from kvfx.sizes import parse_size, size_text
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from kvfx.calibration import Calibration
 
-# budgets are rounded down to so many digits: they are read by people
+# fractions are rounded down to so many digits: they are read by people
 DIGITS = 4
 
 
@@ -67,6 +68,9 @@ def _fitting(
     )
     if plan.budget is None:
         return plan.asked
+    if not any(isinstance(part, Allocate) for part in policy.parts()):
+        # a count: of a fraction, less would be kept of a prompt than of all that is read
+        return policy.with_budget(budgeted(plan.budget, tokens))
     scale = 10**DIGITS
     budget = math.floor(plan.budget * scale) / scale
     return policy.with_budget(budget) if budget > 0.0 else plan.asked
