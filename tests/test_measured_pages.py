@@ -14,7 +14,7 @@ import pytest
 
 from examples.benchmarks import reproduce
 from examples.benchmarks.pages import BLOCK, DATA, FIGURES, PICTURES, TABLES, filled, pages, sources
-from examples.benchmarks.stages import FIRST, SCORED, STAGES, TIMED
+from examples.benchmarks.stages import FIRST, STAGES, TIMED
 from kvfx.errors import InputError
 
 ROOT = Path(__file__).parents[1]

@@ -130,8 +130,8 @@ def in_words(path: Path) -> str:
         for took, name in zip(others, SAID, strict=True)
     )
     return (
-        f"Behind {rows[HF_DEFAULT].length:,} tokens, on a CPU with {bench.threads} threads, a token "
-        f"took {dense} with transformers' default cache, {under}, in one run."
+        f"Behind {rows[HF_DEFAULT].length:,} tokens, on a CPU with {bench.threads} threads, a "
+        f"token took {dense} with transformers' default cache, {under}, in one run."
     )
 
 
