@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -149,6 +150,37 @@ def test_what_is_measured_is_not_measured_again(document, run, monkeypatch):
     never = lambda: pytest.fail("the peer was started")  # noqa: E731
     found = quality.measure_peers([(replace(HERE, ways=HERE.ways[:1]), never)], dense, results)
     assert [each.label for each in found] == [dynamic().label] * 2
+
+
+def test_peers_work_at_the_same_time(document, run):
+    """Each waits for the other one; what they say is remembered in their order, and they are
+    closed.
+    """
+    both, closed = threading.Barrier(2), []
+
+    class Fake:
+        def ask(self, verb, *, task, ways):
+            both.wait(timeout=30)
+            refused = {way["name"]: "fake" for way in ways}
+            return {"scores": {}, "bytes": {}, "refused": refused}
+
+        def close(self):
+            closed.append(self)
+
+    dense = [
+        row
+        for row in open_results(run.out / "quality.json").measurements
+        if row.setting.policy == repr(Full())
+    ]
+    first, second = (press(name, 0.25, timed=False) for name in ("SnapKVPress", "KeyDiffPress"))
+    asked: Any = [(replace(HERE, name=way.label, ways=(way,)), Fake) for way in (first, second)]
+    results = open_results(None)
+    assert quality.measure_peers(asked, dense, results) == []
+    tasks = [row.setting.task for row in dense]
+    assert list(results.refused) == [
+        f"{way.label} at {task}" for task in tasks for way in (first, second)
+    ]
+    assert len(closed) == 2
 
 
 def test_another_model_or_other_tokens_are_refused(document, run):

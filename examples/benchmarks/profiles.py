@@ -49,13 +49,13 @@ class Profile:
 
 
 FULL = Profile(
-    windows=6,
+    windows=5,
     length=1024,
     scored=128,
     samples=100,
     hidden_in=384,
     tasks=("needle-prose", "needle-noise"),
-    timed_at=(512, 1024, 4096),
+    timed_at=(512, 4096),
     new_tokens=24,
     rounds=2,
     policies=(

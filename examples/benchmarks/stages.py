@@ -116,14 +116,14 @@ SCORED = (
     Stage("peers/quality.json", f"{PEERS} --only quality", "--quick --peers none"),
     Stage(
         "methods.json",
-        _evaluate(METHODS, "--tasks perplexity --lengths 960 --windows 3 --budgets 0.75,0.5,0.25"),
+        _evaluate(METHODS, "--tasks perplexity --lengths 960 --windows 2 --budgets 0.75,0.5,0.25"),
         f"{SHORT} --budgets 0.5 --policies 'SnapKV(),KVMerger()'",
     ),
     Stage(
         "equal-bytes.json",
         _evaluate(
             ALLOCATED,
-            "--tasks perplexity --lengths 1024 --windows 6 --memory 0.25,0.35,0.5 "
+            "--tasks perplexity --lengths 1024 --windows 4 --memory 0.25,0.35,0.5 "
             "--calibration {folder}/calibration.safetensors",
         ),
         f"{SHORT} --memory 0.6 --policies 'PrefixKV()|SnapKV()'",
@@ -151,7 +151,7 @@ SCORED = (
     ),
     Stage(
         "stores.json",
-        _evaluate(STORES, "--tasks perplexity --lengths 1024 --windows 6"),
+        _evaluate(STORES, "--tasks perplexity --lengths 1024 --windows 4"),
         f"{SHORT} --policies 'KIVI(bits=4)'",
     ),
 )

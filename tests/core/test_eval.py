@@ -15,7 +15,17 @@ import torch
 from rich.console import Console
 
 import kvfx
-from kvfx import KIVI, ExpectedAttention, Full, KeyDiff, PerLayer, SnapKV, StreamingLLM, compiler
+from kvfx import (
+    KIVI,
+    ExpectedAttention,
+    Full,
+    KeyDiff,
+    PerLayer,
+    SnapKV,
+    StreamingLLM,
+    Uniform,
+    compiler,
+)
 from kvfx.errors import InputError
 from kvfx.eval.answers import HIDDEN, VISIBLE, Prompt, answer_prompt, make_prompts
 from kvfx.eval.equal_bytes import at_equal_bytes
@@ -325,20 +335,23 @@ def test_budgets_replace_those_of_select_policies():
 
 def test_equal_bytes_mean_the_largest_budget_that_fits(model):
     refused: dict[str, str] = {}
-    asked = (Full(), KIVI(4, residual=0), SnapKV(window=8))
+    asked = (Full(), KIVI(4, residual=0), SnapKV(window=8), Uniform() | SnapKV(window=8))
     found = at_equal_bytes(
         model, asked, (0.5, "1KiB"), tokens=300, calibration=None, refused=refused
     )
     dense = held_bytes(model, Full(), 300)
-    quantized, evicted = found
+    quantized, evicted, allocated = found
     assert quantized == KIVI(4, residual=0)
+    # a count stays what it is while more is read; an allocator divides a fraction
     assert evicted == SnapKV(budget=evicted.budget, window=8)
+    assert isinstance(evicted.budget, int)
+    assert isinstance(allocated.parts()[0].budget, float)
     assert held_bytes(model, quantized, 300) <= dense / 2
     assert 0.48 * dense < held_bytes(model, evicted, 300) <= dense / 2
     assert "needs" in refused[f"Full() in {size_text(dense // 2)}"]
     assert (
         sorted(name.split(" in ")[1] for name in refused if name.endswith("1.0 KiB"))
-        == ["1.0 KiB"] * 3
+        == ["1.0 KiB"] * 4
     )
     with pytest.raises(InputError, match="above 0 and at most 1"):
         at_equal_bytes(model, asked, (2.0,), tokens=300, calibration=None, refused={})
