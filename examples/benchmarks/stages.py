@@ -62,7 +62,7 @@ HIDDEN = ("KIVI(bits=4,residual=0)", "KIVI(bits=2)", "KeyDiff(budget=0.25)", "Sn
 # what sees the question at the end of a prompt, and what does not look
 VISIBLE = (
     "KIVI(bits=4,residual=0)",
-    "SnapKV(budget=0.25)",
+    "SnapKV(budget=0.25,window=64)",
     "H2O(budget=0.25)",
     "KeyDiff(budget=0.25)",
 )

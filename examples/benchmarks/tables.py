@@ -139,7 +139,8 @@ def in_words(path: Path) -> str:
         f"Behind {rows[HF_DEFAULT].length:,} tokens, on a CPU with {bench.threads} threads, a "
         f"token took {dense} with transformers' default cache, {under}, in one run. Rewriting and "
         f"verifying took {rewritten} before that (the model is traced once for all policies), and "
-        f"the first token of a prompt of {shortest:,}, with compiling, {compiled}."
+        f"the first token of a prompt of {shortest:,}, with compiling (its cache may be warm), "
+        f"{compiled}."
     )
 
 
