@@ -20,7 +20,7 @@ from examples.benchmarks.contenders import Environment, dynamic, environments, p
 from examples.benchmarks.peer_process import PeerProcess
 from examples.benchmarks.profiles import FULL, QUICK, Profile
 from examples.benchmarks.speed import peer_contender
-from kvfx import Full
+from kvfx import KIVI, Full, SnapKV
 from kvfx.bench.contenders import hf_default
 from kvfx.bench.decode import bench_length, why_wrong
 from kvfx.errors import InputError
@@ -124,6 +124,12 @@ def test_kvfx_gets_no_more_than_what_presses_take(document, run):
         for row, most in zip(evicting, asked.memory, strict=True):
             assert isinstance(most, int)
             assert 0.7 * most < row["scores"]["cache_bytes"] <= most
+
+
+def test_what_evicts_has_the_room_that_presses_have():
+    asked = SnapKV(budget=0.5) | KIVI(bits=4)
+    assert workload.with_room(asked, 7) == SnapKV(budget=0.5, interval=7) | KIVI(bits=4)
+    assert workload.with_room(Full(), 7) == Full()
 
 
 def test_a_row_that_is_missing_has_a_reason(document):
