@@ -21,6 +21,7 @@ Bench = DecodeBench | ThroughputBench
 BUDGETS = (0.75, 0.5, 0.25)
 # how contenders are named that need no environment of their own
 OWN = ("kvfx ", "HF ")
+# what the README says a token takes under
 SAID = ("kvfx kivi-4bit", "kvfx snapkv-25%")
 CHOOSING = ("kvfx snapkv-25%", "kvfx snapkv-25%|kvcrush", "kvfx h2o-20%")
 COMMUNICATED = (

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
-from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +15,7 @@ from kvfx.eval.answers import Prompt
 from kvfx.eval.suite import PERPLEXITY, Suite
 from kvfx.eval.tasks import TASKS
 from kvfx.eval.text import digest
-from kvfx.policy import Policy
+from kvfx.policy import Policy, compose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,7 +65,7 @@ def with_room(policy: Policy, tokens: int) -> Policy:
         replace(cast("Any", part), interval=tokens) if hasattr(part, "interval") else part
         for part in policy.parts()
     ]
-    return reduce(or_, parts)
+    return compose(*parts)
 
 
 @torch.no_grad()
